@@ -3,6 +3,8 @@
  * knows neither. Failures are thrown as `FsError`; anything else thrown is our bug: logged, answered EIO.
  */
 
+import type { TransferListItem } from 'node:worker_threads';
+
 /** Who asks. `signal` aborts when the kernel interrupts the request (the caller got a signal). */
 export interface Caller {
   readonly uid: number;
@@ -113,7 +115,20 @@ export interface Notifier {
   invalidateEntry(parentIno: number, name: string): void;
 }
 
+/** How a driver starts threads that serve the data plane. */
+export interface DataThreadSource {
+  /**
+   * Module of the thread. It calls `serveDevice(workerData.device, plane)` of fuse/data-thread.ts with a `DataPlane`
+   * made from `workerData.plane`.
+   */
+  readonly entry: URL;
+  /** `workerData.plane` for one new thread, with what must be transferred. */
+  attach(): { readonly plane: unknown; readonly transfer: readonly TransferListItem[] };
+}
+
 export interface FileSystem {
+  /** Absent: the driver serves everything through `OpenFile`. */
+  readonly dataThreads: DataThreadSource | undefined;
   readonly root: DirectoryNode;
   status(): Promise<FileSystemStatus>;
   /** Called once by the driver, before the first request. */
