@@ -22,7 +22,10 @@ const HIGH = 2 ** 32;
  */
 export function joinHalves(high: number, low: number): number {
   if (high >>> 21 !== 0) {
-    throw new FsError('EFBIG', `offset 0x${(high >>> 0).toString(16)}${(low >>> 0).toString(16).padStart(8, '0')} is above 2^53`);
+    throw new FsError(
+      'EFBIG',
+      `offset 0x${(high >>> 0).toString(16)}${(low >>> 0).toString(16).padStart(8, '0')} is above 2^53`,
+    );
   }
   return high * HIGH + (low >>> 0);
 }
