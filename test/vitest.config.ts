@@ -1,0 +1,34 @@
+import { fileURLToPath } from 'node:url';
+import { defineConfig } from 'vitest/config';
+
+const mounted = (driver: string, order: number) => ({
+  test: {
+    name: `e2e ${driver}`,
+    include: ['test/e2e/**/*.test.ts'],
+    env: { VDSKFS_DRIVER: driver },
+    testTimeout: 120_000,
+    hookTimeout: 60_000,
+    // Mounts, loop devices and fio share one machine: a file at a time.
+    maxWorkers: 1,
+    sequence: { groupOrder: order },
+  },
+});
+
+export default defineConfig({
+  root: fileURLToPath(new URL('..', import.meta.url)),
+  test: {
+    projects: [
+      {
+        test: {
+          name: 'unit',
+          include: ['test/**/*.test.ts'],
+          exclude: ['test/e2e/**', 'test/bench/**'],
+          testTimeout: 30_000,
+          sequence: { groupOrder: 0 },
+        },
+      },
+      mounted('native', 1),
+      mounted('fuse-native', 2),
+    ],
+  },
+});
