@@ -1,0 +1,254 @@
+import { execFileSync } from 'node:child_process';
+import { mkdirSync, mkdtempSync, rmSync, statSync, writeFileSync } from 'node:fs';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+import { Worker } from 'node:worker_threads';
+import { afterAll, beforeAll, describe, expect, it } from 'vitest';
+import { FsError } from '../../src/errors.ts';
+import { HostFile } from '../../src/storage/host-file.ts';
+
+let folder: string;
+let number = 0;
+beforeAll(() => {
+  folder = mkdtempSync(join(tmpdir(), 'vdskfs-host-file-'));
+});
+afterAll(() => rmSync(folder, { recursive: true, force: true }));
+
+const freshPath = () => join(folder, `${number++}.raw`);
+const fresh = () => HostFile.open(freshPath(), { readOnly: false, create: 'new' });
+
+/** The FsError that `action` throws. */
+function failureOf(action: () => unknown): FsError {
+  try {
+    action();
+  } catch (error) {
+    expect(error).toBeInstanceOf(FsError);
+    return error as FsError;
+  }
+  throw new Error('nothing was thrown');
+}
+
+const MIB = 1024 * 1024;
+
+describe('reading and writing', () => {
+  it('writes at a position from the middle of an array, and reads it back into the middle of another', () => {
+    using file = fresh();
+    file.write(Uint8Array.of(9, 1, 2, 3, 9), 1, 3, 1000);
+    const target = new Uint8Array(6).fill(7);
+    expect(file.read(target, 2, 3, 1000)).toBe(3);
+    expect([...target]).toEqual([7, 7, 1, 2, 3, 7]);
+    expect(file.size()).toBe(1003);
+  });
+
+  it('reads fewer bytes only at the end of the file', () => {
+    using file = fresh();
+    file.write(new Uint8Array(100).fill(5), 0, 100, 0);
+    const target = new Uint8Array(64);
+    expect(file.read(target, 0, 64, 80)).toBe(20);
+    expect(file.read(target, 0, 64, 100)).toBe(0);
+    expect(file.read(target, 0, 64, 5000)).toBe(0);
+    expect(file.read(target, 0, 0, 0)).toBe(0);
+  });
+
+  it('works on memory shared between threads', () => {
+    using file = fresh();
+    const shared = new Uint8Array(new SharedArrayBuffer(16));
+    shared.set([1, 2, 3], 4);
+    file.write(shared, 4, 3, 0);
+    expect(file.read(shared, 8, 3, 0)).toBe(3);
+    expect([...shared.subarray(8, 11)]).toEqual([1, 2, 3]);
+  });
+
+  it('reaches positions above 2^32', () => {
+    using file = fresh();
+    const position = 5 * 2 ** 40 + 3;
+    file.write(Uint8Array.of(42), 0, 1, position);
+    const target = new Uint8Array(1);
+    expect(file.read(target, 0, 1, position)).toBe(1);
+    expect(target[0]).toBe(42);
+    expect(file.nextData(2 ** 33)).toBeGreaterThan(5 * 2 ** 40 - MIB);
+  });
+
+  it('another thread that adopts the file sees the same bytes, and does not close it', async () => {
+    using file = fresh();
+    file.write(Uint8Array.of(1, 2, 3), 0, 3, 0);
+    const code = `
+      const { parentPort, workerData } = require('node:worker_threads');
+      const { readSync, writeSync } = require('node:fs');
+      const bytes = new Uint8Array(3);
+      readSync(workerData.fd, bytes, 0, 3, 0);
+      writeSync(workerData.fd, Uint8Array.of(7), 0, 1, 3);
+      parentPort.postMessage([workerData.path, workerData.readOnly, ...bytes]);
+    `;
+    const worker = new Worker(code, { eval: true, workerData: file.share() });
+    const answer = await new Promise((resolve, reject) => {
+      worker.once('message', resolve);
+      worker.once('error', reject);
+    });
+    await worker.terminate();
+    expect(answer).toEqual([file.path, false, 1, 2, 3]);
+    {
+      using adopted = HostFile.adopt(file.share());
+      const target = new Uint8Array(4);
+      expect(adopted.read(target, 0, 4, 0)).toBe(4);
+      expect([...target]).toEqual([1, 2, 3, 7]);
+    }
+    expect(file.size()).toBe(4);
+  });
+
+  it('after the end of its owner no descriptor is touched', () => {
+    const file = fresh();
+    file[Symbol.dispose]();
+    file[Symbol.dispose]();
+    expect(() => file.read(new Uint8Array(1), 0, 1, 0)).toThrow();
+    expect(() => file.write(new Uint8Array(1), 0, 1, 0)).toThrow();
+  });
+});
+
+describe('holes', () => {
+  it('a punched range reads as zeros, takes no space, and the size stays', () => {
+    using file = fresh();
+    file.write(new Uint8Array(MIB).fill(1), 0, MIB, 0);
+    const before = file.allocatedBytes();
+    expect(file.punch(MIB / 2, MIB / 4)).toBe(true);
+    expect(file.size()).toBe(MIB);
+    expect(before - file.allocatedBytes()).toBe(MIB / 4);
+    const target = new Uint8Array(3).fill(9);
+    file.read(target, 0, 3, MIB / 2 - 1);
+    expect([...target]).toEqual([1, 0, 0]);
+  });
+
+  it('punching past the end does not grow the file', () => {
+    using file = fresh();
+    file.write(new Uint8Array(4096).fill(1), 0, 4096, 0);
+    expect(file.punch(0, MIB)).toBe(true);
+    expect(file.punch(0, 0)).toBe(true);
+    expect(file.size()).toBe(4096);
+  });
+
+  it('data and holes are found in turn, and -1 or the size follows the last', () => {
+    using file = fresh();
+    file.truncate(4 * MIB);
+    file.write(new Uint8Array(4096).fill(1), 0, 4096, MIB);
+    file.write(new Uint8Array(4096).fill(1), 0, 4096, 2 * MIB);
+    expect(file.nextData(0)).toBe(MIB);
+    expect(file.nextHole(0)).toBe(0);
+    expect(file.nextHole(MIB)).toBe(MIB + 4096);
+    expect(file.nextData(MIB + 4096)).toBe(2 * MIB);
+    expect(file.nextData(2 * MIB + 4096)).toBe(-1);
+    expect(file.nextHole(3 * MIB)).toBe(3 * MIB);
+    expect(file.nextData(4 * MIB)).toBe(-1);
+    expect(file.nextHole(4 * MIB)).toBe(4 * MIB);
+  });
+
+  it('a file without holes ends in one', () => {
+    using file = fresh();
+    file.write(new Uint8Array(5000).fill(1), 0, 5000, 0);
+    expect(file.nextHole(0)).toBe(5000);
+  });
+});
+
+describe('the size', () => {
+  it('is set both ways; new bytes are zeros', () => {
+    using file = fresh();
+    file.write(new Uint8Array(10).fill(1), 0, 10, 0);
+    file.truncate(5);
+    file.truncate(10);
+    const target = new Uint8Array(10).fill(9);
+    expect(file.read(target, 0, 10, 0)).toBe(10);
+    expect([...target]).toEqual([1, 1, 1, 1, 1, 0, 0, 0, 0, 0]);
+    file.flush();
+  });
+});
+
+describe('refusals', () => {
+  it.each([
+    ['a missing file', () => HostFile.open(join(folder, 'none'), { readOnly: true }), 'ENOENT', 'no such file'],
+    ['a folder', () => HostFile.open(folder, { readOnly: true }), 'EISDIR', 'a directory'],
+    ['a folder, for writing', () => HostFile.open(folder, { readOnly: false }), 'EISDIR', 'a directory'],
+    ['a terminal or the like', () => HostFile.open('/dev/null', { readOnly: false }), 'EINVAL', 'neither a file nor'],
+    ['a path through a file', () => HostFile.open('/dev/null/x', { readOnly: true }), 'ENOTDIR', 'not a directory'],
+  ])('%s', (_what, open, errno, words) => {
+    const failure = failureOf(open);
+    expect(failure.errno).toBe(errno);
+    expect(failure.message).toContain(words);
+    expect(failure.message).toMatch(/'.+'/);
+  });
+
+  it('a named pipe is refused at once instead of being waited for', () => {
+    const pipe = join(folder, 'pipe');
+    execFileSync('mkfifo', [pipe]);
+    expect(failureOf(() => HostFile.open(pipe, { readOnly: true })).errno).toBe('EINVAL');
+    expect(failureOf(() => HostFile.open(pipe, { readOnly: false })).errno).toBe('EINVAL');
+  });
+
+  it('`new` refuses what exists and leaves it as it is; `missing` opens it', () => {
+    const path = freshPath();
+    writeFileSync(path, 'old');
+    expect(failureOf(() => HostFile.open(path, { readOnly: false, create: 'new' })).errno).toBe('EEXIST');
+    using file = HostFile.open(path, { readOnly: false, create: 'missing' });
+    expect(file.size()).toBe(3);
+    using made = HostFile.open(freshPath(), { readOnly: false, create: 'missing' });
+    expect(made.size()).toBe(0);
+  });
+
+  it('writing to a file opened read-only fails, naming it', () => {
+    const path = freshPath();
+    writeFileSync(path, 'old');
+    using file = HostFile.open(path, { readOnly: true });
+    const failure = failureOf(() => file.write(Uint8Array.of(1), 0, 1, 0));
+    expect(failure.errno).toBe('EBADF');
+    expect(failure.message).toContain(path);
+    expect(failureOf(() => file.truncate(0)).message).toContain(path);
+    expect(failureOf(() => file.punch(0, 1)).message).toContain(path);
+    file.flush();
+    expect(statSync(path).size).toBe(3);
+  });
+});
+
+describe.skipIf(process.platform !== 'linux' || process.getuid?.() !== 0)('with root on Linux', () => {
+  /** A file system of 1 MiB, unmounted afterwards. */
+  function withTinyFileSystem(action: (mountpoint: string) => void): void {
+    const mountpoint = join(folder, 'tiny');
+    mkdirSync(mountpoint, { recursive: true });
+    execFileSync('mount', ['-t', 'tmpfs', '-o', 'size=1m', 'tmpfs', mountpoint]);
+    try {
+      action(mountpoint);
+    } finally {
+      execFileSync('umount', [mountpoint]);
+    }
+  }
+
+  it('a full host disk is ENOSPC, in words and with the path', () => {
+    withTinyFileSystem((mountpoint) => {
+      using file = HostFile.open(join(mountpoint, 'a.raw'), { readOnly: false, create: 'new' });
+      const failure = failureOf(() => file.write(new Uint8Array(4 * MIB).fill(1), 0, 4 * MIB, 0));
+      expect(failure.errno).toBe('ENOSPC');
+      expect(failure.message).toBe(
+        `cannot write 4194304 bytes at 0x0 of '${mountpoint}/a.raw': the host disk is full (ENOSPC)`,
+      );
+    });
+  });
+
+  it('a disk device has the size of the device, and keeps it', () => {
+    const backing = freshPath();
+    writeFileSync(backing, new Uint8Array(MIB).fill(1));
+    const device = execFileSync('losetup', ['--find', '--show', backing], { encoding: 'utf8' }).trim();
+    try {
+      using file = HostFile.open(device, { readOnly: false });
+      expect(file.size()).toBe(MIB);
+      expect(file.allocatedBytes()).toBe(MIB);
+      expect([file.nextData(4096), file.nextHole(4096), file.nextData(MIB)]).toEqual([4096, MIB, -1]);
+      file.truncate(4096);
+      expect(file.size()).toBe(MIB);
+      expect(failureOf(() => file.truncate(2 * MIB)).errno).toBe('ENOSPC');
+      expect(file.punch(8192, 4096)).toBe(true);
+      const target = new Uint8Array(2).fill(9);
+      file.read(target, 0, 2, 8191);
+      expect([...target]).toEqual([1, 0]);
+      file.flush();
+    } finally {
+      execFileSync('losetup', ['--detach', device]);
+    }
+  });
+});
