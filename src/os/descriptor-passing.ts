@@ -139,8 +139,8 @@ type DescriptorPassing = Pick<SystemCalls, 'socketPair' | 'send' | 'receive'>;
 /** The three calls for one system. */
 export function descriptorPassing(abi: SocketAbi): DescriptorPassing {
   const socketpair = systemCall('int socketpair(int domain, int type, int protocol, void *sockets)');
-  const sendmsg = systemCall('ssize_t sendmsg(int socket, void *message, int flags)');
-  const recvmsg = systemCall('ssize_t recvmsg(int socket, void *message, int flags)');
+  const sendmsg = systemCall('int64_t sendmsg(int socket, void *message, int flags)');
+  const recvmsg = systemCall('int64_t recvmsg(int socket, void *message, int flags)');
 
   return {
     socketPair(type) {

@@ -1,6 +1,5 @@
 /** FreeBSD on a 64-bit host (amd64, arm64, riscv64): constants and structures from sys/ of releases 13 to 15. */
 import { i64, littleEndian, u32, u64 } from '../bytes/record.ts';
-import { FsError } from '../errors.ts';
 import { descriptorPassing, type SocketAbi } from './descriptor-passing.ts';
 import { errnoNumber } from './errno.ts';
 import { systemCall } from './library.ts';
@@ -13,7 +12,7 @@ const WHENCE = { end: 2, data: 3, hole: 4 } as const;
 export const FLOCK_OPERATIONS = { shared: 1, exclusive: 2, none: 8 } as const;
 export const LOCK_NB = 4;
 
-/** sys/fcntl.h: the one command of fspacectl(2), since FreeBSD 14. */
+/** sys/fcntl.h: the one command of fspacectl(2), since FreeBSD 14; ENOSYS before. */
 const SPACECTL_DEALLOC = 1;
 
 /** sys/fcntl.h, struct spacectl_range */
@@ -64,14 +63,7 @@ function deallocate(fd: number, position: number, length: number): number {
   for (;;) {
     const before = decodeSpaceRange(range).length;
     if (before === 0) return 0;
-    let result: number;
-    try {
-      result = fspacectl(fd, SPACECTL_DEALLOC, range, 0, range);
-    } catch (error) {
-      // FreeBSD 13 has no such function.
-      if (error instanceof FsError && error.errno === 'ENOSYS') return -errnoNumber('ENOTSUP');
-      throw error;
-    }
+    const result = fspacectl(fd, SPACECTL_DEALLOC, range, 0, range);
     if (result < 0 && result !== -errnoNumber('EINTR')) return result;
     // Beyond the end of the file there is nothing to free, and no progress either.
     if (result === 0 && decodeSpaceRange(range).length === before) return 0;

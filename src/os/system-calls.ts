@@ -19,8 +19,8 @@ export interface ReceivedMessage {
 }
 
 /**
- * Results below zero are negated errno numbers of this host. All functions throw FsError ENOTSUP where koffi does not
- * load, and ENOSYS where the system is too old to have the call.
+ * Results below zero are negated errno numbers of this host; -ENOSYS where the system is too old to have the call. All
+ * functions throw FsError ENOTSUP where koffi does not load.
  */
 export interface SystemCalls {
   /** lseek(2) from `offset`. Moves the descriptor's file position, which positional I/O never looks at. */

@@ -154,8 +154,7 @@ export class HostFile implements Storage, Disposable {
   punch(position: number, length: number): boolean {
     if (this.#cannotPunch) return false;
     if (length === 0) return true;
-    const system = calls();
-    const result = system === undefined ? -errnoNumber('ENOTSUP') : system.punchHole(this.#fd, position, length);
+    const result = ifPossible((system) => system.punchHole(this.#fd, position, length));
     if (result >= 0) return true;
     const errno = errnoName(-result);
     // ENXIO: ENODEV of a device that cannot discard.
@@ -198,8 +197,8 @@ export class HostFile implements Storage, Disposable {
 
   /** -1 past the last of them (ENXIO); undefined where holes cannot be found: all is data then. */
   #seek(position: number, to: 'data' | 'hole'): number | undefined {
-    const found = calls()?.seek(this.#fd, position, to);
-    if (found === undefined || found >= 0) return found;
+    const found = ifPossible((system) => system.seek(this.#fd, position, to));
+    if (found >= 0) return found;
     const errno = errnoName(-found);
     if (errno === 'ENXIO') return -1;
     // EINVAL: a device, or a file system without SEEK_DATA.
@@ -223,12 +222,12 @@ function isDevice(fd: number, path: string): boolean {
   throw new FsError('EINVAL', `'${path}' is neither a file nor a disk device`);
 }
 
-/** Holes save space and time only: without koffi, files are taken to have none. */
-function calls(): SystemCalls | undefined {
+/** Holes save space and time only: where system calls cannot be made (no koffi), files are taken to have none. */
+function ifPossible(call: (system: SystemCalls) => number): number {
   try {
-    return systemCalls();
+    return call(systemCalls());
   } catch (error) {
-    if (error instanceof FsError) return undefined;
+    if (error instanceof FsError && error.errno === 'ENOTSUP') return -errnoNumber('ENOTSUP');
     throw error;
   }
 }
