@@ -58,8 +58,8 @@ export function checkFindings(image: string): string {
   return done.status === 0 ? '' : `exit status ${done.status ?? done.signal}\n${done.stdout}${done.stderr}`;
 }
 
-/** The bytes of a raw file: what QEMU wrote of the disk, as a model. */
-function modelOfRaw(path: string): SparseModel {
+/** The bytes of a raw file, as a model. */
+export function modelOfRaw(path: string): SparseModel {
   const model = new SparseModel(statSync(path).size);
   loadRaw(path, model, 0);
   return model;
