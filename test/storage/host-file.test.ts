@@ -6,6 +6,7 @@ import { Worker } from 'node:worker_threads';
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
 import { FsError } from '../../src/errors.ts';
 import { HostFile } from '../../src/storage/host-file.ts';
+import { storageContract } from './storage-contract.ts';
 
 let folder: string;
 let number = 0;
@@ -30,46 +31,13 @@ function failureOf(action: () => unknown): FsError {
 
 const MIB = 1024 * 1024;
 
-describe('reading and writing', () => {
-  it('writes at a position from the middle of an array, and reads it back into the middle of another', () => {
-    using file = fresh();
-    file.write(Uint8Array.of(9, 1, 2, 3, 9), 1, 3, 1000);
-    const target = new Uint8Array(6).fill(7);
-    expect(file.read(target, 2, 3, 1000)).toBe(3);
-    expect([...target]).toEqual([7, 7, 1, 2, 3, 7]);
-    expect(file.size()).toBe(1003);
-  });
+storageContract('HostFile', (action) => {
+  using file = fresh();
+  action(file);
+});
 
-  it('reads fewer bytes only at the end of the file', () => {
-    using file = fresh();
-    file.write(new Uint8Array(100).fill(5), 0, 100, 0);
-    const target = new Uint8Array(64);
-    expect(file.read(target, 0, 64, 80)).toBe(20);
-    expect(file.read(target, 0, 64, 100)).toBe(0);
-    expect(file.read(target, 0, 64, 5000)).toBe(0);
-    expect(file.read(target, 0, 0, 0)).toBe(0);
-  });
-
-  it('works on memory shared between threads', () => {
-    using file = fresh();
-    const shared = new Uint8Array(new SharedArrayBuffer(16));
-    shared.set([1, 2, 3], 4);
-    file.write(shared, 4, 3, 0);
-    expect(file.read(shared, 8, 3, 0)).toBe(3);
-    expect([...shared.subarray(8, 11)]).toEqual([1, 2, 3]);
-  });
-
-  it('reaches positions above 2^32', () => {
-    using file = fresh();
-    const position = 5 * 2 ** 40 + 3;
-    file.write(Uint8Array.of(42), 0, 1, position);
-    const target = new Uint8Array(1);
-    expect(file.read(target, 0, 1, position)).toBe(1);
-    expect(target[0]).toBe(42);
-    expect(file.nextData(2 ** 33)).toBeGreaterThan(5 * 2 ** 40 - MIB);
-  });
-
-  it('another thread that adopts the file sees the same bytes, and does not close it', async () => {
+describe('a descriptor', () => {
+  it('is shared with other threads: one that adopts the file sees the same bytes, and does not close it', async () => {
     using file = fresh();
     file.write(Uint8Array.of(1, 2, 3), 0, 3, 0);
     const code = `
@@ -96,68 +64,12 @@ describe('reading and writing', () => {
     expect(file.size()).toBe(4);
   });
 
-  it('after the end of its owner no descriptor is touched', () => {
+  it('is closed once, and not touched any more after the end of its owner', () => {
     const file = fresh();
     file[Symbol.dispose]();
     file[Symbol.dispose]();
     expect(() => file.read(new Uint8Array(1), 0, 1, 0)).toThrow();
     expect(() => file.write(new Uint8Array(1), 0, 1, 0)).toThrow();
-  });
-});
-
-describe('holes', () => {
-  it('a punched range reads as zeros, takes no space, and the size stays', () => {
-    using file = fresh();
-    file.write(new Uint8Array(MIB).fill(1), 0, MIB, 0);
-    const before = file.allocatedBytes();
-    expect(file.punch(MIB / 2, MIB / 4)).toBe(true);
-    expect(file.size()).toBe(MIB);
-    expect(before - file.allocatedBytes()).toBe(MIB / 4);
-    const target = new Uint8Array(3).fill(9);
-    file.read(target, 0, 3, MIB / 2 - 1);
-    expect([...target]).toEqual([1, 0, 0]);
-  });
-
-  it('punching past the end does not grow the file', () => {
-    using file = fresh();
-    file.write(new Uint8Array(4096).fill(1), 0, 4096, 0);
-    expect(file.punch(0, MIB)).toBe(true);
-    expect(file.punch(0, 0)).toBe(true);
-    expect(file.size()).toBe(4096);
-  });
-
-  it('data and holes are found in turn, and -1 or the size follows the last', () => {
-    using file = fresh();
-    file.truncate(4 * MIB);
-    file.write(new Uint8Array(4096).fill(1), 0, 4096, MIB);
-    file.write(new Uint8Array(4096).fill(1), 0, 4096, 2 * MIB);
-    expect(file.nextData(0)).toBe(MIB);
-    expect(file.nextHole(0)).toBe(0);
-    expect(file.nextHole(MIB)).toBe(MIB + 4096);
-    expect(file.nextData(MIB + 4096)).toBe(2 * MIB);
-    expect(file.nextData(2 * MIB + 4096)).toBe(-1);
-    expect(file.nextHole(3 * MIB)).toBe(3 * MIB);
-    expect(file.nextData(4 * MIB)).toBe(-1);
-    expect(file.nextHole(4 * MIB)).toBe(4 * MIB);
-  });
-
-  it('a file without holes ends in one', () => {
-    using file = fresh();
-    file.write(new Uint8Array(5000).fill(1), 0, 5000, 0);
-    expect(file.nextHole(0)).toBe(5000);
-  });
-});
-
-describe('the size', () => {
-  it('is set both ways; new bytes are zeros', () => {
-    using file = fresh();
-    file.write(new Uint8Array(10).fill(1), 0, 10, 0);
-    file.truncate(5);
-    file.truncate(10);
-    const target = new Uint8Array(10).fill(9);
-    expect(file.read(target, 0, 10, 0)).toBe(10);
-    expect([...target]).toEqual([1, 1, 1, 1, 1, 0, 0, 0, 0, 0]);
-    file.flush();
   });
 });
 
