@@ -1,0 +1,16 @@
+import type { Command } from 'commander';
+import { example, IMAGE_OR_DISK } from './arguments.ts';
+import { withTarget } from './target.ts';
+
+export function addCheckpoint(program: Command): void {
+  program
+    .command('checkpoint')
+    .description('take a checkpoint: keep the contents of this moment under a name')
+    .argument('<image-or-disk>', IMAGE_OR_DISK)
+    .argument('<name>', 'name of the new checkpoint')
+    .addHelpText(
+      'after',
+      example('vdskfs checkpoint vm1.qcow2 before-upgrade', 'vdskfs checkpoint /mnt/vms/vm1 nightly'),
+    )
+    .action((path: string, name: string) => withTarget(path, (target) => target.takeCheckpoint(name)));
+}

@@ -1,0 +1,3 @@
+/** The names of --driver. */
+export const driverNames = ['native', 'fuse-native'] as const;
+export type DriverName = (typeof driverNames)[number];

@@ -1,0 +1,100 @@
+/** An image file that is not mounted: opened for one command, changed, closed. */
+import type { Checkpoint, Disk } from '../disk/disk.ts';
+import { FsError } from '../errors.ts';
+import { servedImage } from './state.ts';
+import type { Target } from './target.ts';
+
+/** Open the image for writing, run `action`, close it. */
+export function withImage(path: string, action: (target: Target) => Promise<void>): Promise<void> {
+  return untilDone(() =>
+    withDisk(path, { readOnly: false }, (disk) => {
+      if (disk.readOnly !== undefined) {
+        throw new FsError('EROFS', `${path}: cannot be changed: ${disk.readOnly}`);
+      }
+      return action(imageTarget(disk));
+    }),
+  );
+}
+
+/** Open a disk, run `action`, close it whatever happens. The action's failure counts before the closing's. */
+export async function withDisk<T>(
+  path: string,
+  options: { readonly readOnly: boolean },
+  action: (disk: Disk) => Promise<T>,
+): Promise<T> {
+  let disk: Disk;
+  try {
+    const { openDisk } = await import('../disk/open-disk.ts'); // the engine is a lot to load for --help
+    disk = await openDisk(path, options);
+  } catch (error) {
+    throw withMountOf(path, error);
+  }
+  let result: T;
+  try {
+    result = await action(disk);
+  } catch (error) {
+    await disk.close().catch(() => {});
+    throw error;
+  }
+  await disk.close();
+  return result;
+}
+
+/** A lock that is refused because of one of our own mounts: say which, and what to give instead. */
+export function withMountOf(path: string, error: unknown): unknown {
+  if (!(error instanceof FsError)) return error;
+  if (error.errno !== 'EBUSY' && error.errno !== 'EAGAIN') return error;
+  const served = servedImage(path);
+  if (served === undefined) return error;
+  return new FsError(
+    'EBUSY',
+    `${path}: mounted by vdskfs (process ${served.pid}); give its directory ${served.directory} instead, or unmount ${served.mountpoint} first`,
+    { cause: error },
+  );
+}
+
+function imageTarget(disk: Disk): Target {
+  return {
+    async takeCheckpoint(name) {
+      await disk.takeCheckpoint(name);
+    },
+    async deleteCheckpoint(name) {
+      await disk.deleteCheckpoint(findCheckpoint(disk, name));
+    },
+    async renameCheckpoint(oldName, newName) {
+      await disk.renameCheckpoint(findCheckpoint(disk, oldName), newName);
+    },
+    async rollback(name) {
+      await disk.rollback(findCheckpoint(disk, name));
+    },
+    async resize(bytes, options) {
+      await disk.resize(bytes, options);
+    },
+  };
+}
+
+/** The name it is shown under first, else the first whose real name it is. @throws FsError ENOENT */
+export function findCheckpoint(disk: Pick<Disk, 'imagePath' | 'checkpoints'>, name: string): Checkpoint {
+  const all = disk.checkpoints();
+  const found = all.find((one) => one.name === name) ?? all.find((one) => one.realName === name);
+  if (found !== undefined) return found;
+  const hint = all.length === 0 ? 'it has none' : '`vdskfs ls` lists them';
+  throw new FsError('ENOENT', `${disk.imagePath}: no checkpoint is named ${JSON.stringify(name)}; ${hint}`);
+}
+
+/**
+ * Ctrl-C must not leave a change half done: while one runs, SIGINT and SIGTERM are noted and it goes on to its end,
+ * which is near. A kill that cannot be held back leaves what a power failure would: nothing the next open cannot mend.
+ */
+async function untilDone<T>(action: () => Promise<T>): Promise<T> {
+  const hold = (): void => {
+    if (process.stderr.isTTY) process.stderr.write('vdskfs: finishing the change first\n');
+  };
+  const signals = ['SIGINT', 'SIGTERM', 'SIGHUP'] as const;
+  for (const signal of signals) process.on(signal, hold);
+  try {
+    return await action();
+  } finally {
+    for (const signal of signals) process.off(signal, hold);
+  }
+}

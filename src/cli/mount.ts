@@ -1,0 +1,69 @@
+import { availableParallelism } from 'node:os';
+import { type Command, Option } from 'commander';
+import { countArgument, example, sizeArgument } from './arguments.ts';
+import { isDetachedServer, startDetached } from './detach.ts';
+import { type DriverName, driverNames } from './driver-name.ts';
+import { exitStatus } from './failure.ts';
+import { type LogLevel, logLevels, say, setLogLevel } from './log.ts';
+
+interface MountFlags {
+  readonly readOnly?: boolean;
+  readonly foreground?: boolean;
+  readonly allowOther?: boolean;
+  readonly threads: number;
+  readonly cache?: number;
+  readonly replace?: boolean;
+  readonly driver: DriverName;
+  readonly logLevel: LogLevel;
+}
+
+/** Two wake each other on the caller's own core; more gain only where there are more cores (DESIGN.md, section 1). */
+const defaultThreads = Math.max(2, Math.min(4, availableParallelism()));
+
+export function addMount(program: Command): void {
+  program
+    .command('mount')
+    .description('show disks as files and folders; returns when the tree answers')
+    .usage('[options] <image-or-dir...> <mountpoint>')
+    .argument('<paths...>', 'qcow2 files, or folders of them, and last the empty directory to mount on')
+    .option('--read-only', 'change nothing in the images')
+    .option('--foreground', 'stay, and end the mount on Ctrl-C')
+    .option('--allow-other', 'let other users in')
+    .option('--threads <n>', 'threads that serve reads and writes', countArgument(1), defaultThreads)
+    .option('--cache <size>', 'memory for the tables of each disk, such as 32M', sizeArgument)
+    .option('--replace', 'first end what vdskfs has mounted there, or left there when it died')
+    .addOption(new Option('--driver <name>', 'how to talk to the kernel').choices(driverNames).default('native'))
+    .addOption(
+      new Option('--log-level <level>', 'how much to log').choices(Object.keys(logLevels)).default('error' as LogLevel),
+    )
+    .addHelpText('after', example('vdskfs mount vm1.qcow2 /mnt/vms', 'vdskfs mount --read-only /var/vms /mnt/vms'))
+    .action(mount);
+}
+
+async function mount(paths: readonly string[], flags: MountFlags, command: Command): Promise<void> {
+  const mountpoint = paths.at(-1);
+  if (paths.length < 2 || mountpoint === undefined) {
+    command.error('vdskfs: give at least one image or folder, and last the directory to mount on', {
+      exitCode: exitStatus.USAGE,
+    });
+  }
+  const detached = isDetachedServer();
+  if (!flags.foreground && !detached) return startDetached(mountpoint);
+  setLogLevel(flags.logLevel);
+  const { runServer } = await import('./server.ts'); // the engine is a lot to load for --help
+  await runServer({
+    sources: paths.slice(0, -1),
+    mountpoint,
+    driver: flags.driver,
+    readOnly: flags.readOnly ?? false,
+    allowOther: flags.allowOther ?? false,
+    replace: flags.replace ?? false,
+    threads: flags.threads,
+    cacheBytes: flags.cache,
+    onReady: (path) => {
+      if (detached)
+        process.chdir('/'); // or the directory it was started in could not be unmounted
+      else say(`mounted at ${path}; Ctrl-C ends it`);
+    },
+  });
+}

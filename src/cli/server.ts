@@ -1,0 +1,177 @@
+/** The serving process: opens all disks, mounts the tree, and ends it cleanly when asked to. */
+import { realpathSync } from 'node:fs';
+import { writeFile } from 'node:fs/promises';
+import type { Disk } from '../disk/disk.ts';
+import { openDisk } from '../disk/open-disk.ts';
+import { FsError } from '../errors.ts';
+import type { Driver, Mounted } from '../fuse/driver.ts';
+import { mountAt } from '../fuse/mount-list.ts';
+import { clearStaleMount } from '../fuse/mounting.ts';
+import { usersOf } from '../fuse/open-files.ts';
+import { createTree } from '../tree/tree.ts';
+import type { DriverName } from './driver-name.ts';
+import { exitStatus, sentenceOf } from './failure.ts';
+import { withMountOf } from './image-target.ts';
+import { imagesToMount } from './images.ts';
+import { say } from './log.ts';
+import { prepareMountpoint } from './mountpoint.ts';
+import { processStart } from './process.ts';
+import type { ServerMessage } from './server-message.ts';
+import { removeState, type ServerState, writeState } from './state.ts';
+import { type StopSignals, watchStopSignals } from './stop-signals.ts';
+
+export interface ServeOptions {
+  /** Image files and directories with images. */
+  readonly sources: readonly string[];
+  readonly mountpoint: string;
+  readonly driver: DriverName;
+  readonly readOnly: boolean;
+  readonly allowOther: boolean;
+  readonly replace: boolean;
+  /** Data threads. */
+  readonly threads: number;
+  /** For the metadata of each disk, in bytes. */
+  readonly cacheBytes: number | undefined;
+  /** Called when the tree answers, with the mountpoint's full path. */
+  readonly onReady: (mountpoint: string) => void;
+}
+
+/**
+ * Serve until the mount ends. All disks are opened before anything is mounted: a failure leaves nothing behind.
+ * @throws FsError before the tree answers, and when not all could be written out at the end
+ */
+export async function serve(options: ServeOptions): Promise<void> {
+  const signals = watchStopSignals();
+  const images = imagesToMount(options.sources);
+  const mountpoint = await prepareMountpoint(options.mountpoint, options);
+  const disks: Disk[] = [];
+  let mounted: Mounted;
+  try {
+    for (const image of images) {
+      refuseIfStopped(signals);
+      disks.push(await openImage(image, options));
+    }
+    mounted = await mountTree(disks, mountpoint, options);
+  } catch (error) {
+    for (const disk of disks) await disk.close().catch(() => {});
+    throw error;
+  }
+  const state = describeServer(disks, mountpoint, options);
+  writeState(state);
+  const device = (await mountAt(mountpoint))?.device;
+  signals.listen((count) => void endAsWished(count, mounted, { mountpoint, device }));
+  await announce({ kind: 'ready', mountpoint });
+  options.onReady(mountpoint);
+
+  await mounted.ended;
+  await closeAll(disks, state);
+}
+
+function refuseIfStopped(signals: StopSignals): void {
+  if (signals.count > 0) throw new FsError('EINTR', 'stopped by a signal before anything was mounted');
+}
+
+async function openImage(image: string, { readOnly, cacheBytes }: ServeOptions): Promise<Disk> {
+  try {
+    return await openDisk(image, { readOnly, ...(cacheBytes === undefined ? {} : { cacheBytes }) });
+  } catch (error) {
+    throw withMountOf(image, error);
+  }
+}
+
+async function mountTree(disks: readonly Disk[], mountpoint: string, options: ServeOptions): Promise<Mounted> {
+  const driver = await loadDriver(options.driver);
+  const source = disks.length === 1 ? disks[0]!.imagePath : `${disks.length} disks`;
+  const { readOnly, allowOther, threads } = options;
+  return driver(createTree(disks, {}), { mountpoint, source, readOnly, allowOther, threads });
+}
+
+/** Loaded when it is asked for: fuse-native is an optional package, and opens a library of the system. */
+async function loadDriver(name: DriverName): Promise<Driver> {
+  switch (name) {
+    case 'native':
+      return (await import('../fuse/native-driver.ts')).mountNative;
+    case 'fuse-native':
+      return (await import('../fuse/fuse-native-driver.ts')).mountFuseNative;
+  }
+}
+
+function describeServer(disks: readonly Disk[], mountpoint: string, options: ServeOptions): ServerState {
+  return {
+    pid: process.pid,
+    processStart: processStart(process.pid) ?? '',
+    mountpoint,
+    driver: options.driver,
+    readOnly: options.readOnly,
+    startedMs: Date.now(),
+    disks: disks.map(({ name, imagePath }) => ({ name, image: realpathSync(imagePath) })),
+  };
+}
+
+/** Tell whoever started this process. Resolves when it is on its way; that one may be gone already. */
+function announce(message: ServerMessage): Promise<void> {
+  return new Promise((resolve) => {
+    if (process.send === undefined) resolve();
+    else process.send(message, undefined, undefined, () => resolve());
+  });
+}
+
+/**
+ * The first wish unmounts, which the kernel refuses while something is open. The second detaches the mount from the
+ * tree: what is open is served on to its end. The third cuts that off, too; all that was written stays written.
+ */
+async function endAsWished(
+  count: number,
+  mounted: Mounted,
+  mount: { readonly mountpoint: string; readonly device: string | undefined },
+): Promise<void> {
+  try {
+    if (count === 1) {
+      await mounted.unmount();
+    } else if (count === 2) {
+      const users = await usersOf(mount.mountpoint);
+      await clearStaleMount(mount);
+      if (users !== '') say(`${mount.mountpoint}: detached; still serving ${users}; one more signal cuts them off`);
+    } else {
+      await abortConnection(mount.device);
+    }
+  } catch (error) {
+    const next = count === 1 ? '; another signal detaches the mount all the same' : '';
+    say(sentenceOf(error) + next);
+  }
+}
+
+/** Linux: the kernel fails what is open and ends the connection, as after the death of the process. */
+async function abortConnection(device: string | undefined): Promise<void> {
+  if (device === undefined) throw new FsError('ENOTSUP', 'what is open cannot be cut off on this system');
+  const minor = device.slice(device.indexOf(':') + 1);
+  await writeFile(`/sys/fs/fuse/connections/${minor}/abort`, '1');
+}
+
+async function closeAll(disks: readonly Disk[], state: ServerState): Promise<void> {
+  const failures: string[] = [];
+  for (const disk of disks) {
+    try {
+      await disk.close();
+    } catch (error) {
+      failures.push(sentenceOf(error));
+    }
+  }
+  if (failures.length === 0) return removeState(state.mountpoint);
+  const failure = failures.join('; ');
+  writeState({ ...state, failure });
+  throw new FsError('EIO', failure);
+}
+
+/** `serve` as the whole life of this process. */
+export async function runServer(options: ServeOptions): Promise<void> {
+  try {
+    await serve(options);
+  } catch (error) {
+    await announce({ kind: 'failed', message: sentenceOf(error) });
+    throw error;
+  } finally {
+    if (process.connected) process.disconnect();
+  }
+  process.exitCode = exitStatus.DONE;
+}

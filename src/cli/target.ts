@@ -1,0 +1,35 @@
+/** IMAGE_OR_DISK: what a command changes, either an image file or a disk of a running mount. */
+import { existsSync, statSync } from 'node:fs';
+import { join, resolve } from 'node:path';
+import { FsError } from '../errors.ts';
+import { withImage } from './image-target.ts';
+import { mountedTarget } from './mounted-target.ts';
+
+/** The changes that both kinds take. Each is durable when it resolves. @throws FsError */
+export interface Target {
+  takeCheckpoint(name: string): Promise<void>;
+  deleteCheckpoint(name: string): Promise<void>;
+  renameCheckpoint(oldName: string, newName: string): Promise<void>;
+  rollback(name: string): Promise<void>;
+  resize(bytes: number, options: { readonly shrink: boolean }): Promise<void>;
+}
+
+/** Run `action` on what `path` names. An image is opened for it and closed after it. */
+export async function withTarget(path: string, action: (target: Target) => Promise<void>): Promise<void> {
+  const directory = mountedDisk(path);
+  if (directory !== undefined) return action(mountedTarget(directory));
+  return withImage(path, action);
+}
+
+/**
+ * The directory of a mounted disk that `path` names, absolute; undefined if it is an image file (or nothing yet).
+ * @throws FsError EISDIR for any other directory
+ */
+export function mountedDisk(path: string): string | undefined {
+  if (!statSync(path, { throwIfNoEntry: false })?.isDirectory()) return undefined;
+  if (existsSync(join(path, 'control'))) return resolve(path);
+  throw new FsError(
+    'EISDIR',
+    `${path}: a directory, but not one of a mounted disk; give an image file, or a disk's directory such as MOUNT/vm1`,
+  );
+}
