@@ -10,7 +10,7 @@ import { type Errno, FsError } from '../errors.ts';
 const ENOATTR: Partial<Record<NodeJS.Platform, number>> = { freebsd: 87, darwin: 93 };
 
 /** Linux's numbers (asm-generic/errno.h) of what a host's own table may lack. */
-const FALLBACK: Partial<Record<Errno, number>> = { ENODATA: 61, ENOTSUP: 95 };
+const FALLBACK: Partial<Record<Errno, number>> = { ENODATA: 61, ENOTSUP: 95, ESTALE: 116 };
 
 /** Names that say the same as one of ours. All others become EIO, with the original name kept in the sentence. */
 const SYNONYMS: Readonly<Record<string, Errno>> = {

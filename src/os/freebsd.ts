@@ -55,24 +55,27 @@ const flock = systemCall('int flock(int fd, int operation)');
 const fspacectl = systemCall('int fspacectl(int fd, int command, void *range, int flags, void *remaining)');
 
 /**
- * fspacectl(2) until nothing is left of the range: it may return early, with the rest in `remaining`, also when a
- * signal interrupts it.
+ * Deallocate the whole range by as many calls as it takes: fspacectl(2) may return early, also when a signal
+ * interrupts it, with what is left in `range`.
+ * @param call fspacectl(2) of a range that it updates
  */
-function deallocate(fd: number, position: number, length: number): number {
+export function deallocate(call: (range: Uint8Array) => number, position: number, length: number): number {
   const range = encodeSpaceRange(position, length);
-  for (;;) {
-    const before = decodeSpaceRange(range).length;
-    if (before === 0) return 0;
-    const result = fspacectl(fd, SPACECTL_DEALLOC, range, 0, range);
+  for (let left = length; left > 0; ) {
+    const result = call(range);
     if (result < 0 && result !== -errnoNumber('EINTR')) return result;
-    // Beyond the end of the file there is nothing to free, and no progress either.
-    if (result === 0 && decodeSpaceRange(range).length === before) return 0;
+    const { length: now } = decodeSpaceRange(range);
+    // Nothing done and no reason given: beyond the end of the file there is nothing to free.
+    if (result === 0 && now >= left) break;
+    left = now;
   }
+  return 0;
 }
 
 export const freebsd: SystemCalls = {
   seek: (fd, offset, to) => lseek(fd, offset, WHENCE[to]),
-  punchHole: deallocate,
+  punchHole: (fd, position, length) =>
+    deallocate((range) => fspacectl(fd, SPACECTL_DEALLOC, range, 0, range), position, length),
   // No call that zeroes and keeps the blocks: the caller writes zeros.
   zeroRange: () => -errnoNumber('ENOTSUP'),
   locking: 'file',

@@ -2,7 +2,6 @@ import { closeSync, constants, fdatasyncSync, fstatSync, ftruncateSync, openSync
 import { FsError } from '../errors.ts';
 import { codeOf, errnoName, errnoNumber, fsErrorFrom } from '../os/errno.ts';
 import { type SystemCalls, systemCalls } from '../os/system-calls.ts';
-import { hex } from '../qcow2/units.ts';
 import type { Storage } from './storage.ts';
 
 export interface OpenOptions {
@@ -103,7 +102,7 @@ export class HostFile implements Storage, Disposable {
         count = readSync(this.#fd, target, at + done, length - done, position + done);
       } catch (error) {
         if (codeOf(error) === 'EINTR') continue;
-        throw fsErrorFrom(error, `cannot read ${length} bytes at ${hex(position)} of '${this.path}'`);
+        throw fsErrorFrom(error, `cannot read ${length} bytes at ${offset(position)} of '${this.path}'`);
       }
       if (count === 0) break;
       done += count;
@@ -119,11 +118,11 @@ export class HostFile implements Storage, Disposable {
         count = writeSync(this.#fd, source, at + done, length - done, position + done);
       } catch (error) {
         if (codeOf(error) === 'EINTR') continue;
-        throw fsErrorFrom(error, `cannot write ${length} bytes at ${hex(position)} of '${this.path}'`);
+        throw fsErrorFrom(error, `cannot write ${length} bytes at ${offset(position)} of '${this.path}'`);
       }
       // write(2) of a file never takes nothing without saying why; whatever does must not keep us here forever.
       if (count === 0)
-        throw new FsError('EIO', `the host took none of the bytes at ${hex(position)} of '${this.path}'`);
+        throw new FsError('EIO', `the host took none of the bytes at ${offset(position)} of '${this.path}'`);
       done += count;
     }
   }
@@ -162,7 +161,7 @@ export class HostFile implements Storage, Disposable {
       this.#cannotPunch = true;
       return false;
     }
-    throw fsErrorFrom(-result, `cannot free ${length} bytes at ${hex(position)} of '${this.path}'`);
+    throw fsErrorFrom(-result, `cannot free ${length} bytes at ${offset(position)} of '${this.path}'`);
   }
 
   nextData(position: number): number {
@@ -206,6 +205,8 @@ export class HostFile implements Storage, Disposable {
     throw fsErrorFrom(-found, `cannot look for ${to === 'data' ? 'data' : 'a hole'} in '${this.path}'`);
   }
 }
+
+const offset = (position: number): string => `0x${position.toString(16)}`;
 
 /** @throws FsError EISDIR, EINVAL unless it can hold an image */
 function isDevice(fd: number, path: string): boolean {

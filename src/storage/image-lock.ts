@@ -90,7 +90,7 @@ export function describeConflict(path: string, mode: LockMode, offset: number, h
       ? 'open for writing'
       : offset === REFUSES.write || offset === REFUSES.resize
         ? 'open for reading'
-        : 'locked';
+        : 'in use';
   const who =
     holder === undefined
       ? 'in another process'

@@ -1,9 +1,10 @@
 import { execFileSync } from 'node:child_process';
+import * as fs from 'node:fs';
 import { mkdirSync, mkdtempSync, rmSync, statSync, writeFileSync } from 'node:fs';
-import { tmpdir } from 'node:os';
+import { constants, tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { Worker } from 'node:worker_threads';
-import { afterAll, beforeAll, describe, expect, it } from 'vitest';
+import { afterAll, afterEach, beforeAll, describe, expect, it, vi } from 'vitest';
 import { FsError } from '../../src/errors.ts';
 import { HostFile } from '../../src/storage/host-file.ts';
 import { storageContract } from './storage-contract.ts';
@@ -70,6 +71,69 @@ describe('a descriptor', () => {
     file[Symbol.dispose]();
     expect(() => file.read(new Uint8Array(1), 0, 1, 0)).toThrow();
     expect(() => file.write(new Uint8Array(1), 0, 1, 0)).toThrow();
+  });
+});
+
+describe('a host that answers in pieces', () => {
+  /** HostFile over `node:fs` with some calls replaced. */
+  async function hostFileWith(calls: Partial<typeof fs>): Promise<typeof HostFile> {
+    vi.resetModules();
+    vi.doMock('node:fs', () => ({ ...fs, ...calls }));
+    return (await import('../../src/storage/host-file.ts')).HostFile;
+  }
+  afterEach(() => {
+    vi.doUnmock('node:fs');
+    vi.resetModules();
+  });
+
+  const failed = (code: 'EINTR' | 'EIO') =>
+    Object.assign(new Error(code), { code, errno: -constants.errno[code], syscall: 'read' });
+
+  /** At most 3 bytes a call, and every second call interrupted by a signal. */
+  function inPieces(
+    call: (fd: number, bytes: Uint8Array, at: number, length: number, position: number) => number,
+  ): (...args: never[]) => number {
+    let turn = 0;
+    return (...args: unknown[]) => {
+      if (turn++ % 2 === 0) throw failed('EINTR');
+      const [fd, bytes, at, length, position] = args as [number, Uint8Array, number, number, number];
+      return call(fd, bytes, at, Math.min(3, length), position);
+    };
+  }
+
+  it('is asked until all is read and written', async () => {
+    const Pieces = await hostFileWith({
+      readSync: inPieces(fs.readSync) as typeof fs.readSync,
+      writeSync: inPieces(fs.writeSync) as typeof fs.writeSync,
+    });
+    using file = Pieces.open(freshPath(), { readOnly: false, create: 'new' });
+    const bytes = Uint8Array.of(1, 2, 3, 4, 5, 6, 7, 8);
+    file.write(bytes, 0, 8, 100);
+    const target = new Uint8Array(10);
+    expect(file.read(target, 1, 9, 100)).toBe(8);
+    expect([...target]).toEqual([0, ...bytes, 0]);
+  });
+
+  it('but not forever, when it takes nothing', async () => {
+    const Stuck = await hostFileWith({ writeSync: (() => 0) as typeof fs.writeSync });
+    using file = Stuck.open(freshPath(), { readOnly: false, create: 'new' });
+    expect(() => file.write(Uint8Array.of(1), 0, 1, 0)).toThrow(expect.objectContaining({ errno: 'EIO' }));
+  });
+
+  it('and whose flush fails is believed', async () => {
+    const Failing = await hostFileWith({
+      fdatasyncSync: () => {
+        throw failed('EIO');
+      },
+    });
+    const path = freshPath();
+    using file = Failing.open(path, { readOnly: false, create: 'new' });
+    expect(() => file.flush()).toThrow(
+      expect.objectContaining({
+        errno: 'EIO',
+        message: `cannot flush '${path}'; what was written last may be lost: the host disk reported an I/O error (EIO)`,
+      }),
+    );
   });
 });
 

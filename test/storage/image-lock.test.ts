@@ -2,7 +2,7 @@ import { type ChildProcess, execFileSync, spawn, spawnSync } from 'node:child_pr
 import { closeSync, mkdtempSync, openSync, readFileSync, rmSync, statSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
-import { afterAll, afterEach, beforeAll, beforeEach, describe, expect, it } from 'vitest';
+import { afterAll, afterEach, beforeAll, beforeEach, describe, expect, it, vi } from 'vitest';
 import { FsError } from '../../src/errors.ts';
 import { describeConflict, lockImage } from '../../src/storage/image-lock.ts';
 
@@ -233,6 +233,39 @@ describe('going from one mode to the other', () => {
   });
 });
 
+describe('with flock(2), as on FreeBSD', () => {
+  beforeEach(() => {
+    vi.resetModules();
+    vi.doMock('../../src/os/system-calls.ts', async (original) => {
+      const { systemCalls } = await original<typeof import('../../src/os/system-calls.ts')>();
+      return { systemCalls: () => ({ ...systemCalls(), locking: 'file' }) };
+    });
+  });
+  afterEach(() => {
+    vi.doUnmock('../../src/os/system-calls.ts');
+    vi.resetModules();
+  });
+
+  it('readers share; a writer keeps out readers and writers, and is kept out by them', async () => {
+    const { lockImage } = await import('../../src/storage/image-lock.ts');
+    const busy = expect.objectContaining({
+      errno: 'EBUSY',
+      message: `'${image}' is in use in another process: end that first`,
+    });
+    const [one, other] = [open('r'), open('r+')];
+    lockImage(one, image, 'read');
+    lockImage(other, image, 'read');
+    expect(() => lockImage(other, image, 'write', 'read')).toThrow(busy);
+    closeSync(one);
+    descriptors = [other];
+    lockImage(other, image, 'write');
+    expect(() => lockImage(open('r'), image, 'read')).toThrow(busy);
+    expect(() => lockImage(open('r+'), image, 'write')).toThrow(busy);
+    lockImage(other, image, 'read', 'write');
+    lockImage(open('r'), image, 'read');
+  });
+});
+
 describe('the message', () => {
   it.each([
     ['read', 101, undefined, "'a' is open for writing in another process: end that first"],
@@ -243,7 +276,7 @@ describe('the message', () => {
       { pid: 7, program: '' },
       "'a' is open for reading in a process (pid 7): end that first, or open it read-only",
     ],
-    ['write', 0, undefined, "'a' is locked in another process: end that first"],
+    ['write', 0, undefined, "'a' is in use in another process: end that first"],
   ] as const)('to a %s refused at byte %i', (mode, offset, holder, sentence) => {
     expect(describeConflict('a', mode, offset, holder)).toBe(sentence);
   });
