@@ -1,0 +1,100 @@
+/** The main thread's side of the data threads: which contents they know, and which fh shows which part of them. */
+import { MessageChannel, type MessagePort } from 'node:worker_threads';
+import type { OpenContents, SharedContents } from '../disk/disk.ts';
+import { FsError } from '../errors.ts';
+import type { DataThreadSource } from '../fuse/filesystem.ts';
+import { HandleTable, type OpenRange } from './handle-table.ts';
+import type { FromDataThread, PlaneData, ToDataThread } from './thread-plane.ts';
+
+interface Published {
+  readonly shared: SharedContents;
+  /** Hears of the requests that a data thread answered with an error. */
+  readonly report: (error: FsError) => void;
+}
+
+export class DataThreads implements DataThreadSource {
+  readonly entry = new URL('./data-thread.js', import.meta.url);
+  readonly #table = new HandleTable();
+  readonly #ports = new Set<MessagePort>();
+  readonly #published = new Map<number, Published>();
+
+  attach(): { plane: PlaneData; transfer: MessagePort[] } {
+    const { port1: ours, port2: theirs } = new MessageChannel();
+    for (const { shared } of this.#published.values())
+      ours.postMessage({ kind: 'open', shared } satisfies ToDataThread);
+    this.#ports.add(ours);
+    ours.on('close', () => this.#ports.delete(ours));
+    ours.on('message', ({ contentsId, errno, message }: FromDataThread) =>
+      this.#published.get(contentsId)?.report(new FsError(errno, message)),
+    );
+    ours.unref();
+    return { plane: { table: this.#table.shared, port: theirs }, transfer: [theirs] };
+  }
+
+  /** Make contents known to all threads, also to later ones, before a slot refers to them. */
+  publish(shared: SharedContents, report: (error: FsError) => void): void {
+    this.#published.set(shared.id, { shared, report });
+    this.#tell({ kind: 'open', shared });
+  }
+
+  withdraw(shared: SharedContents): void {
+    this.#published.delete(shared.id);
+    this.#tell({ kind: 'closed', id: shared.id });
+  }
+
+  /** fh of a newly opened file, or undefined if the threads have no room for it. Give back with `freeSlot`. */
+  takeSlot(range: OpenRange): number | undefined {
+    return this.#table.take(range);
+  }
+
+  freeSlot(slot: number): void {
+    this.#table.free(slot);
+  }
+
+  close(): void {
+    for (const port of this.#ports) port.close();
+    this.#ports.clear();
+  }
+
+  #tell(message: ToDataThread): void {
+    for (const port of this.#ports) port.postMessage(message);
+    this.#table.advanceGeneration();
+  }
+}
+
+/**
+ * One `OpenContents` for all open files that show the same contents: opened with the first, closed with the last, and
+ * known to the data threads in between.
+ */
+export class SharedOpening {
+  readonly #open: () => OpenContents;
+  readonly #threads: DataThreads;
+  readonly #report: (error: FsError) => void;
+  #opened: OpenContents | undefined;
+  #uses = 0;
+
+  /** @param report hears of the requests that a data thread answered with an error */
+  constructor(open: () => OpenContents, threads: DataThreads, report: (error: FsError) => void) {
+    this.#open = open;
+    this.#threads = threads;
+    this.#report = report;
+  }
+
+  /** Each call wants its `release`. */
+  acquire(): OpenContents {
+    if (this.#opened === undefined) {
+      this.#opened = this.#open();
+      this.#threads.publish(this.#opened.shared, this.#report);
+    }
+    this.#uses++;
+    return this.#opened;
+  }
+
+  release(): void {
+    if (--this.#uses > 0 || this.#opened === undefined) return;
+    const opened = this.#opened;
+    this.#opened = undefined;
+    this.#threads.withdraw(opened.shared);
+    opened[Symbol.dispose]();
+  }
+}

@@ -1,0 +1,109 @@
+/** The directory of one disk: its live contents, its checkpoints, and what tells of them. */
+import type { Disk } from '../disk/disk.ts';
+import type { DirectoryNode, Node, Notifier } from '../fuse/filesystem.ts';
+import { shareOf } from './checkpoint-directory.ts';
+import { ControlFile } from './control-file.ts';
+import type { DataThreads } from './data-threads.ts';
+import { ImageFile } from './image-file.ts';
+import { diskInfoText } from './info-json.ts';
+import { MountedDisk } from './mounted-disk.ts';
+import { FixedDirectory, type InodeNumbers, type Place, ROOT_INO } from './node.ts';
+import { OverlaysDirectory } from './overlays-directory.ts';
+import { PartitionsDirectory, partitionsOf } from './partitions-directory.ts';
+import { SnapshotsDirectory } from './snapshots-directory.ts';
+import { TextFile } from './text-file.ts';
+
+export interface DiskDirectoryOptions {
+  readonly disk: Disk;
+  readonly inodes: InodeNumbers;
+  readonly threads: DataThreads;
+  readonly releaseGraceMs: number;
+  /** Undefined until the driver has attached it. */
+  readonly notifier: () => Notifier | undefined;
+}
+
+export interface DiskDirectory {
+  readonly node: DirectoryNode;
+  /** Let go of the live contents. */
+  close(): void;
+}
+
+export function createDiskDirectory({
+  disk,
+  inodes,
+  threads,
+  releaseGraceMs,
+  notifier,
+}: DiskDirectoryOptions): DiskDirectory {
+  const mounted = new MountedDisk(disk, threads, releaseGraceMs);
+  // Held while mounted: the partition table is read at each look into partitions/.
+  const { contents } = mounted.live.acquire();
+  const timeMs = () => disk.modifiedMs();
+  const place = (path: string): Place => ({
+    ino: inodes.next(),
+    path: () => (path === '' ? disk.name : `${disk.name}/${path}`),
+    report: (error) => mounted.report(error),
+  });
+  const here = place('');
+  const live = { mounted, opening: mounted.live, timeMs, checkpoint: () => undefined, kind: 'live' } as const;
+
+  const diskFile = new ImageFile({
+    ...live,
+    ino: inodes.next(),
+    label: () => 'disk.raw',
+    base: 0,
+    length: Number.POSITIVE_INFINITY,
+    size: () => disk.virtualSize(),
+    allocatedBytes: () => disk.allocatedBytes(),
+  });
+  const partitions = new PartitionsDirectory(place('partitions'), here.ino, {
+    timeMs,
+    table: () => partitionsOf(contents),
+    file: ({ number, start, length }) => {
+      const size = () => Math.max(0, Math.min(length, disk.virtualSize() - start));
+      return new ImageFile({
+        ...live,
+        ino: inodes.next(),
+        label: () => `partitions/${number}.raw`,
+        base: start,
+        length,
+        size,
+        allocatedBytes: () => shareOf(disk.allocatedBytes(), size(), disk.virtualSize()),
+        passing: true,
+      });
+    },
+  });
+  const snapshots = new SnapshotsDirectory(mounted, inodes, here.ino);
+  const info = new TextFile({
+    ino: inodes.next(),
+    path: () => `${disk.name}/info.json`,
+    text: () => diskInfoText(disk),
+    timeMs,
+  });
+  const entries = new Map<string, Node>([
+    ['disk.raw', diskFile],
+    ['partitions', partitions],
+    ['snapshots', snapshots],
+    ['overlays', new OverlaysDirectory(place('overlays'), here.ino, timeMs)],
+    ['control', new ControlFile(inodes.next(), mounted)],
+    ['info.json', info],
+  ]);
+
+  disk.onChange((change) => {
+    const kernel = notifier();
+    if (change === 'checkpoints') {
+      // Names of checkpoints are looked up each time: none needs to be taken back.
+      snapshots.refresh();
+      kernel?.invalidateNode(snapshots.ino);
+    } else {
+      // sendfile(2) fills the page cache even where reads and writes bypass it.
+      for (const file of [diskFile, ...partitions.knownFiles]) kernel?.invalidateNode(file.ino);
+    }
+    kernel?.invalidateNode(info.ino);
+  });
+
+  return {
+    node: new FixedDirectory(here, ROOT_INO, entries, timeMs),
+    close: () => mounted.live.release(),
+  };
+}

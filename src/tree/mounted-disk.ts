@@ -1,0 +1,134 @@
+/**
+ * A disk as the tree serves it: the operations that both the directories and `control` offer, which of its files are
+ * open, and the answer that `control` gives next.
+ */
+import debug from 'debug';
+import { validateNewName } from '../disk/checkpoint-name.ts';
+import type { Checkpoint, Disk, OpenContents } from '../disk/disk.ts';
+import { FsError } from '../errors.ts';
+import { type DataThreads, SharedOpening } from './data-threads.ts';
+import { OpenFiles } from './open-files.ts';
+
+const log = debug('vdskfs:tree');
+
+const quote = (name: string): string => JSON.stringify(name);
+
+export class MountedDisk {
+  readonly disk: Disk;
+  readonly threads: DataThreads;
+  readonly openFiles: OpenFiles;
+  readonly live: SharedOpening;
+  #lastAnswer = '';
+
+  /** @param releaseGraceMs see OpenFiles */
+  constructor(disk: Disk, threads: DataThreads, releaseGraceMs: number) {
+    this.disk = disk;
+    this.threads = threads;
+    this.openFiles = new OpenFiles(releaseGraceMs);
+    this.live = this.opening(() => disk.openLive());
+  }
+
+  /** For contents of this disk. */
+  opening(open: () => OpenContents): SharedOpening {
+    return new SharedOpening(open, this.threads, (error) => this.report(error));
+  }
+
+  /** What the disk's last command answered, or why the last refused call was refused. */
+  get lastAnswer(): string {
+    return this.#lastAnswer;
+  }
+
+  /** Keep what `work` answers for readers of `control`. */
+  async answer(work: () => Promise<string>): Promise<string> {
+    return this.attempt(async () => (this.#lastAnswer = await work()));
+  }
+
+  /** Keep the sentence of an error that `work` ends with for readers of `control`, and throw it on. */
+  async attempt<T>(work: () => Promise<T>): Promise<T> {
+    try {
+      return await work();
+    } catch (error) {
+      throw this.report(error);
+    }
+  }
+
+  /** Keep the sentence for readers of `control`. Returns the error, to be thrown. */
+  report<E>(error: E): E {
+    if (error instanceof FsError) {
+      log('%s: %s: %s', this.disk.name, error.errno, error.message);
+      this.#lastAnswer = error.message;
+    } else {
+      log('%s: bug: %o', this.disk.name, error);
+      this.#lastAnswer = 'vdskfs itself failed (EIO); its log has more.';
+    }
+    return error;
+  }
+
+  /** By the name shown, else the first with that real name. @throws FsError ENOENT */
+  find(name: string): Checkpoint {
+    const checkpoints = this.#internal();
+    const found =
+      checkpoints.find((checkpoint) => checkpoint.name === name) ??
+      checkpoints.find((checkpoint) => checkpoint.realName === name);
+    if (found === undefined) throw new FsError('ENOENT', `${this.disk.name} has no checkpoint ${quote(name)}.`);
+    return found;
+  }
+
+  /** @throws FsError EEXIST, EINVAL, ENAMETOOLONG, EROFS, and the disk's own */
+  async take(name: string): Promise<Checkpoint> {
+    this.#refuseIfReadOnly();
+    validateNewName(name);
+    this.#refuseIfTaken(name);
+    return this.disk.takeCheckpoint(name);
+  }
+
+  /** @throws FsError EBUSY while a file of it is open, EROFS, and the disk's own */
+  async delete(checkpoint: Checkpoint): Promise<void> {
+    this.#refuseIfReadOnly();
+    await this.openFiles.whileUnopened(checkpoint, () => this.disk.deleteCheckpoint(checkpoint));
+  }
+
+  /** @throws FsError EEXIST, EINVAL, ENAMETOOLONG, EROFS, and the disk's own */
+  async rename(checkpoint: Checkpoint, newName: string): Promise<Checkpoint> {
+    this.#refuseIfReadOnly();
+    validateNewName(newName);
+    if (checkpoint.name === newName) return checkpoint;
+    this.#refuseIfTaken(newName);
+    return this.disk.renameCheckpoint(checkpoint, newName);
+  }
+
+  /** @throws FsError EBUSY while a live file is open for writing: whoever writes takes the disk for its own */
+  async rollback(checkpoint: Checkpoint): Promise<void> {
+    this.#refuseIfReadOnly();
+    await this.openFiles.exclusively(`rollback to ${quote(checkpoint.name)}`, () => this.disk.rollback(checkpoint));
+  }
+
+  /** Growing is possible under a running guest, shrinking is not. `bytes`: the new virtual size. */
+  async resize(bytes: number, options: { readonly shrink: boolean }): Promise<void> {
+    this.#refuseIfReadOnly();
+    if (bytes >= this.disk.virtualSize()) return this.disk.resize(bytes, options);
+    if (!options.shrink) {
+      throw new FsError(
+        'EPERM',
+        `${this.disk.name} has ${this.disk.virtualSize()} bytes and would lose what is beyond ${bytes}: say --shrink if that is meant.`,
+      );
+    }
+    return this.openFiles.exclusively(`shrinking ${this.disk.name}`, () => this.disk.resize(bytes, options));
+  }
+
+  #internal(): readonly Checkpoint[] {
+    return this.disk.checkpoints().filter((checkpoint) => checkpoint.kind === 'internal');
+  }
+
+  #refuseIfReadOnly(): void {
+    const { name, readOnly } = this.disk;
+    if (readOnly !== undefined) throw new FsError('EROFS', `${name} cannot be changed: ${readOnly}.`);
+  }
+
+  /** Real names count too: a second checkpoint of that name would be shown under another. */
+  #refuseIfTaken(name: string): void {
+    if (this.#internal().some((other) => other.name === name || other.realName === name)) {
+      throw new FsError('EEXIST', `${this.disk.name} has a checkpoint ${quote(name)} already.`);
+    }
+  }
+}

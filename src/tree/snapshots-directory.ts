@@ -1,0 +1,132 @@
+/** snapshots/: the internal checkpoints of a disk. mkdir takes one, rmdir deletes it, mv renames it. */
+import type { Checkpoint } from '../disk/disk.ts';
+import { FsError } from '../errors.ts';
+import type { Attributes, Caller, DirectoryEntry, DirectoryNode, Node } from '../fuse/filesystem.ts';
+import { CheckpointDirectory } from './checkpoint-directory.ts';
+import type { MountedDisk } from './mounted-disk.ts';
+import { Directory, directoryAttributes, type InodeNumbers } from './node.ts';
+
+/** What stays the same when a checkpoint is renamed. An ID alone is given again after its snapshot was deleted. */
+const identity = ({ id, createdMs, vmClockNs, virtualSize }: Checkpoint): string =>
+  [createdMs, vmClockNs, virtualSize, id].join(' ');
+
+export class SnapshotsDirectory extends Directory {
+  readonly #mounted: MountedDisk;
+  readonly #inodes: InodeNumbers;
+  /** Only those that someone looked at have a node. */
+  #nodes = new Map<Checkpoint, CheckpointDirectory>();
+  #byName: ReadonlyMap<string, Checkpoint> = new Map();
+  #changedMs: number;
+  #stale = true;
+
+  constructor(mounted: MountedDisk, inodes: InodeNumbers, parentIno: number) {
+    const path = () => `${mounted.disk.name}/snapshots`;
+    super({ ino: inodes.next(), path, report: (error) => mounted.report(error) }, parentIno);
+    this.#mounted = mounted;
+    this.#inodes = inodes;
+    this.#changedMs = mounted.disk.modifiedMs();
+  }
+
+  /** The disk's list has changed. */
+  refresh(): void {
+    this.#stale = true;
+    this.#changedMs = Date.now();
+  }
+
+  override async attributes(): Promise<Attributes> {
+    const permissions = this.#mounted.disk.readOnly === undefined ? 0o755 : 0o555;
+    return directoryAttributes({ permissions, timeMs: this.#changedMs }, this.#read().size);
+  }
+
+  override async lookup(name: string): Promise<Node> {
+    return this.#node(this.#named(name));
+  }
+
+  override async list(): Promise<readonly DirectoryEntry[]> {
+    return Array.from(this.#read(), ([name, checkpoint]) => ({ name, node: this.#node(checkpoint) }));
+  }
+
+  override async makeDirectory(name: string, _caller: Caller): Promise<Node> {
+    let taken: Checkpoint | undefined;
+    await this.#mounted.answer(async () => {
+      taken = await this.#mounted.take(name);
+      return `checkpoint ${JSON.stringify(taken.name)} taken, ID ${taken.id}`;
+    });
+    this.refresh();
+    this.#read();
+    return this.#node(taken as Checkpoint);
+  }
+
+  override async removeDirectory(name: string, _caller: Caller): Promise<void> {
+    await this.#mounted.answer(async () => {
+      await this.#mounted.delete(this.#named(name));
+      return `checkpoint ${JSON.stringify(name)} deleted`;
+    });
+    this.refresh();
+  }
+
+  override async rename(
+    name: string,
+    target: DirectoryNode,
+    newName: string,
+    _noReplace: boolean,
+    _caller: Caller,
+  ): Promise<void> {
+    await this.#mounted.answer(async () => {
+      const checkpoint = this.#named(name);
+      if (target !== this) {
+        throw new FsError('EPERM', `Checkpoint ${JSON.stringify(name)} cannot leave ${this.place.path()}.`);
+      }
+      await this.#mounted.rename(checkpoint, newName);
+      return `checkpoint ${JSON.stringify(name)} is now ${JSON.stringify(newName)}`;
+    });
+    this.refresh();
+  }
+
+  #named(name: string): Checkpoint {
+    const checkpoint = this.#read().get(name);
+    if (checkpoint === undefined) throw this.absent(name);
+    return checkpoint;
+  }
+
+  #node(checkpoint: Checkpoint): CheckpointDirectory {
+    const known = this.#nodes.get(checkpoint);
+    if (known !== undefined) return known;
+    const node = new CheckpointDirectory(this.#mounted, this.#inodes, this.ino, checkpoint);
+    this.#nodes.set(checkpoint, node);
+    return node;
+  }
+
+  /** The checkpoints by name, after a change read anew from the disk: known ones keep their nodes. */
+  #read(): ReadonlyMap<string, Checkpoint> {
+    if (!this.#stale) return this.#byName;
+    const byName = new Map<string, Checkpoint>();
+    for (const checkpoint of this.#mounted.disk.checkpoints()) {
+      if (checkpoint.kind === 'internal') byName.set(checkpoint.name, checkpoint);
+    }
+    const left = new Map(this.#nodes);
+    const nodes = new Map<Checkpoint, CheckpointDirectory>();
+    const fresh: Checkpoint[] = [];
+    for (const checkpoint of byName.values()) {
+      const node = left.get(checkpoint);
+      if (node === undefined) fresh.push(checkpoint);
+      else nodes.set(checkpoint, node);
+      left.delete(checkpoint);
+    }
+    const renamed = new Map(Array.from(left, ([checkpoint, node]) => [identity(checkpoint), node]));
+    for (const checkpoint of fresh) {
+      const key = identity(checkpoint);
+      const node = renamed.get(key);
+      if (node === undefined) continue;
+      renamed.delete(key);
+      node.follow(checkpoint);
+      nodes.set(checkpoint, node);
+    }
+    const kept = new Set(nodes.values());
+    for (const node of left.values()) if (!kept.has(node)) node.markGone();
+    this.#nodes = nodes;
+    this.#byName = byName;
+    this.#stale = false;
+    return byName;
+  }
+}

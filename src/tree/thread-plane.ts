@@ -1,0 +1,153 @@
+/** A data thread's side of the open disk files: answers READ, WRITE and their kin from the shared handle table. */
+import { type MessagePort, receiveMessageOnPort } from 'node:worker_threads';
+import debug from 'debug';
+import type { Contents, SharedContents } from '../disk/disk.ts';
+import { type Errno, FsError } from '../errors.ts';
+import { DATA_HANDLES, type DataPlane, DEFER } from '../fuse/data-plane.ts';
+import { errnoNumber } from '../os/errno.ts';
+import { allocateRange, GATE_CLOSED, readRange, seekRange, writeRange } from './byte-range.ts';
+import { flag, HandleTable } from './handle-table.ts';
+
+const log = debug('vdskfs:tree');
+
+/** All that the main thread ever tells a data thread. */
+export type ToDataThread =
+  | { readonly kind: 'open'; readonly shared: SharedContents }
+  | { readonly kind: 'closed'; readonly id: number };
+
+/** All that a data thread ever tells: a request on these contents failed. The kernel's answer has the errno alone. */
+export interface FromDataThread {
+  readonly contentsId: number;
+  readonly errno: Errno;
+  readonly message: string;
+}
+
+/** `workerData.plane`. */
+export interface PlaneData {
+  readonly table: SharedArrayBuffer;
+  readonly port: MessagePort;
+}
+
+/** No allocation on READ and WRITE, unless they fail. */
+export class ThreadPlane implements DataPlane {
+  readonly #table: HandleTable;
+  readonly #port: MessagePort;
+  readonly #attach: (shared: SharedContents) => Contents;
+  readonly #contents = new Map<number, Contents>();
+  /** The table's generation when the port was last drained. */
+  #drained: number;
+
+  constructor(data: PlaneData, attach: (shared: SharedContents) => Contents) {
+    this.#table = new HandleTable(data.table);
+    this.#port = data.port;
+    this.#attach = attach;
+    // Not the current one: what was posted before this thread started waits in the port.
+    this.#drained = this.#table.generation() - 1;
+  }
+
+  read(fh: number, offset: number, size: number, reply: Uint8Array, at: number): number {
+    try {
+      const contents = this.#open(fh);
+      if (contents === undefined) return DEFER;
+      return readRange(contents, this.#table.base(fh), this.#table.length(fh), offset, size, reply, at);
+    } catch (error) {
+      return this.#failed(fh, error);
+    }
+  }
+
+  write(fh: number, offset: number, size: number, request: Uint8Array, at: number, sync: boolean): number {
+    try {
+      const contents = this.#open(fh);
+      if (contents === undefined || !this.#writable(fh)) return DEFER;
+      const count = writeRange(contents, this.#table.base(fh), this.#table.length(fh), offset, size, request, at);
+      if (count === GATE_CLOSED) return DEFER;
+      if (sync) contents.flush();
+      return count;
+    } catch (error) {
+      return this.#failed(fh, error);
+    }
+  }
+
+  seek(fh: number, offset: number, whence: number): number {
+    try {
+      const contents = this.#open(fh);
+      if (contents === undefined) return DEFER;
+      return seekRange(contents, this.#table.base(fh), this.#table.length(fh), offset, whence);
+    } catch (error) {
+      return this.#failed(fh, error);
+    }
+  }
+
+  allocate(fh: number, offset: number, length: number, mode: number): number {
+    try {
+      const contents = this.#open(fh);
+      if (contents === undefined || !this.#writable(fh)) return DEFER;
+      const done = allocateRange(contents, this.#table.base(fh), this.#table.length(fh), offset, length, mode);
+      return done === GATE_CLOSED ? DEFER : done;
+    } catch (error) {
+      return this.#failed(fh, error);
+    }
+  }
+
+  /** Nothing to do: what write(2) acknowledged is in the engine, and close(2) promises no durability. */
+  flush(fh: number): number {
+    return this.#open(fh) === undefined ? DEFER : 0;
+  }
+
+  sync(fh: number): number {
+    try {
+      const contents = this.#open(fh);
+      if (contents === undefined) return DEFER;
+      contents.flush();
+      return 0;
+    } catch (error) {
+      return this.#failed(fh, error);
+    }
+  }
+
+  /** This thread's contents of an open slot; undefined where the main thread must answer. */
+  #open(fh: number): Contents | undefined {
+    if (fh >= DATA_HANDLES) return undefined;
+    if (this.#table.generation() !== this.#drained) this.#drain();
+    return (this.#table.flags(fh) & flag.IN_USE) === 0 ? undefined : this.#contents.get(this.#table.contentsId(fh));
+  }
+
+  #writable(fh: number): boolean {
+    return (this.#table.flags(fh) & flag.WRITABLE) !== 0;
+  }
+
+  #drain(): void {
+    // Read first: a message posted meanwhile advances it again, and is at worst looked for once too often.
+    this.#drained = this.#table.generation();
+    for (;;) {
+      const received = receiveMessageOnPort(this.#port) as { message: ToDataThread } | undefined;
+      if (received === undefined) return;
+      const { message } = received;
+      if (message.kind === 'open') {
+        try {
+          this.#contents.set(message.shared.id, this.#attach(message.shared));
+        } catch (error) {
+          // The main thread has these contents too, and serves what this thread defers.
+          log('data thread cannot attach contents %d: %o', message.shared.id, error);
+        }
+      } else {
+        this.#contents.delete(message.id);
+      }
+    }
+  }
+
+  /** Returns the negated errno; the sentence goes to the main thread, for `control`. */
+  #failed(fh: number, error: unknown): number {
+    if (!(error instanceof FsError)) {
+      log('bug in the data plane: %o', error);
+      return -errnoNumber('EIO');
+    }
+    // ENXIO is the ordinary end of a walk over data and holes.
+    if (error.errno !== 'ENXIO') {
+      const { errno, message } = error;
+      const contentsId = this.#table.contentsId(fh);
+      this.#port.postMessage({ contentsId, errno, message } satisfies FromDataThread);
+    }
+    return -errnoNumber(error.errno);
+  }
+}
