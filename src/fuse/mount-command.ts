@@ -23,7 +23,7 @@ const commonOptions = ({ readOnly, allowOther }: Mountable): string[] => [
 ];
 
 /** A comma ends an option, a backslash protects it (mount.fuse(8), option fsname). */
-const escaped = (text: string): string => text.replace(/[\\,]/g, '\\$&');
+export const escapedOption = (text: string): string => text.replace(/[\\,]/g, '\\$&');
 
 /**
  * Linux, as root: mount(8) with the open device. `-i` keeps it from running mount.fuse3, which would take the source
@@ -48,7 +48,7 @@ export function linuxMount(options: Mountable, deviceFd: number, owner: { uid: n
 
 /** Linux, as an ordinary user: fusermount3 opens the device itself and sends it through the socket `socketFd`. */
 export function fusermountMount(options: Mountable, socketFd: number): Command {
-  const list = [`fsname=${escaped(options.source)}`, `subtype=${SUBTYPE}`, ...commonOptions(options)];
+  const list = [`fsname=${escapedOption(options.source)}`, `subtype=${SUBTYPE}`, ...commonOptions(options)];
   return {
     program: 'fusermount3',
     args: ['-o', list.join(','), '--', options.mountpoint],
@@ -59,7 +59,7 @@ export function fusermountMount(options: Mountable, socketFd: number): Command {
 
 /** FreeBSD: mount_fusefs with the open device; the environment tells it that no daemon is to be started. */
 export function freebsdMount(options: Mountable, deviceFd: number): Command {
-  const list = [`subtype=${SUBTYPE}`, `fsname=${escaped(options.source)}`, 'nosuid', ...commonOptions(options)];
+  const list = [`subtype=${SUBTYPE}`, `fsname=${escapedOption(options.source)}`, 'nosuid', ...commonOptions(options)];
   return {
     program: 'mount_fusefs',
     args: ['-o', list.join(','), String(INHERITED), options.mountpoint],

@@ -106,7 +106,7 @@ export async function findStaleMount(mountpoint: string): Promise<MountEntry | u
     if (codeOf(error) !== STALE_CODES[process.platform]) return undefined;
   }
   const mount = await mountAt(mountpoint);
-  return mount !== undefined && mount.type.startsWith('fuse') ? mount : undefined;
+  return mount?.type.startsWith('fuse') ? mount : undefined;
 }
 
 /** What stat(2) of a mount without a server fails with. */

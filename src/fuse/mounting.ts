@@ -43,8 +43,8 @@ export async function mountDevice(options: MountOptions, way: Way): Promise<numb
   }
 }
 
-/** @throws FsError ENOENT, ENOTDIR, EBUSY for a stale mount */
-async function checkMountpoint(mountpoint: string): Promise<void> {
+/** A directory that answers. @throws FsError ENOENT, ENOTDIR, EBUSY for a stale mount */
+export async function checkMountpoint(mountpoint: string): Promise<void> {
   if ((await findStaleMount(mountpoint)) !== undefined) {
     throw new FsError(
       'EBUSY',

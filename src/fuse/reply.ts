@@ -8,8 +8,8 @@ export const NOTHING = new Uint8Array(0);
 export const ENTRY_BYTES = s.entryOut.bytes + s.attr.bytes;
 
 /** st_blksize of everything: bhyve shows it to the guest as the physical sector size, so it never changes. */
-const BLOCK_SIZE = 4096;
-const STAT_BLOCK_BYTES = 512;
+export const BLOCK_SIZE = 4096;
+export const STAT_BLOCK_BYTES = 512;
 
 /** Answer flags of OPEN (FOPEN_*). */
 export const fopen = { DIRECT_IO: 1 << 0, KEEP_CACHE: 1 << 1, PARALLEL_DIRECT_WRITES: 1 << 6 } as const;

@@ -7,7 +7,7 @@ afterEach(async () => {
   await m?.remove();
 });
 it('smoke', async () => {
-  m = await MountedMemory.start({ driver: 'native' });
+  m = await MountedMemory.start({ driver: (process.env.DRV ?? 'native') as 'native' });
   console.log(
     execFileSync(
       'sh',
