@@ -1,0 +1,191 @@
+/**
+ * npm run bench: vdskfs against QEMU's FUSE export and against a minimal server in C. Compares and prints; a goal that
+ * is missed is a number, not a failure.
+ */
+import { mkdtemp, rm } from 'node:fs/promises';
+import { cpus, tmpdir, totalmem, uptime } from 'node:os';
+import { join, resolve } from 'node:path';
+import { parseArgs } from 'node:util';
+import { checkpointSizes, measureCheckpoints, reportCheckpoints } from './checkpoints.ts';
+import { measureCopy } from './copy.ts';
+import { jobs } from './jobs.ts';
+import { endEverything, run } from './processes.ts';
+import { compileFloor, floor, type Images, qemu, type Server, vdskfs } from './servers.ts';
+import { median, table } from './statistics.ts';
+import {
+  type Footprint,
+  makeImages,
+  measure,
+  type Rounds,
+  report,
+  reportPinned,
+  type Throughput,
+} from './throughput.ts';
+
+const OTHERS = ['copy', 'checkpoints'];
+const NAMES = [...jobs.map(({ name }) => name), ...OTHERS];
+
+const HELP = `npm run bench -- [options]
+
+  --rounds N       how often each server has its turn at each row (default 3); medians are shown
+  --seconds N      how long fio runs each time (default 4)
+  --only A,B       only these rows: ${NAMES.join(', ')}
+  --pin            the one-job rows once more with the client kept on one core
+  --quick          one round of a second each, the smaller checkpoints only: to see that it works
+  --dir DIR        where the images are made (default: the system's temporary folder); needs 12 GiB
+
+The page cache is warm, I/O is direct, one server runs at a time and they take turns. vdskfs opens live files with
+FOPEN_DIRECT_IO and FOPEN_PARALLEL_DIRECT_WRITES, and so does the floor (floor.c); QEMU chooses its own.
+
+example: npm run bench -- --only randread,randread8 --rounds 5
+`;
+
+interface Options extends Rounds {
+  readonly chosen: ReadonlySet<string>;
+  readonly pin: boolean;
+  readonly quick: boolean;
+  readonly directory: string;
+}
+
+/** @throws with what is wrong and what to write instead */
+function parse(words: readonly string[]): Options | 'help' {
+  const { values } = parseArgs({
+    args: [...words],
+    options: {
+      rounds: { type: 'string' },
+      seconds: { type: 'string' },
+      only: { type: 'string' },
+      pin: { type: 'boolean', default: false },
+      quick: { type: 'boolean', default: false },
+      dir: { type: 'string', default: tmpdir() },
+      help: { type: 'boolean', default: false },
+    },
+  });
+  if (values.help) return 'help';
+  const chosen = values.only === undefined ? NAMES : values.only.split(',');
+  const unknown = chosen.find((name) => !NAMES.includes(name));
+  if (unknown !== undefined) throw new Error(`--only: there is no row "${unknown}"; there are ${NAMES.join(', ')}`);
+  return {
+    rounds: positive('--rounds', values.rounds ?? (values.quick ? '1' : '3')),
+    seconds: positive('--seconds', values.seconds ?? (values.quick ? '1' : '4')),
+    chosen: new Set(chosen),
+    pin: values.pin,
+    quick: values.quick,
+    directory: resolve(values.dir),
+    say: (line) => void process.stderr.write(`${line}\n`),
+  };
+}
+
+function positive(option: string, text: string): number {
+  if (!/^[1-9]\d*$/.test(text)) throw new Error(`${option}: "${text}" is no whole number above 0`);
+  return Number(text);
+}
+
+const print = (text: string): void => void process.stdout.write(`${text}\n\n`);
+
+/** Those that work on this host; why another does not is said. */
+async function availableServers(
+  images: Images,
+  root: string,
+  directory: string,
+  say: Rounds['say'],
+): Promise<Server[]> {
+  const candidates: [string, () => Promise<Server>][] = [
+    ['QEMU, aio=threads', async () => qemu('threads')],
+    ['QEMU, aio=io_uring', async () => qemu('io_uring')],
+    ['the floor', async () => floor(await compileFloor(join(root, 'test/bench/floor.c'), directory))],
+    ['vdskfs', async () => vdskfs(join(root, 'bin/vdskfs'))],
+  ];
+  const working: Server[] = [];
+  for (const [name, make] of candidates) {
+    try {
+      const server = await make();
+      await server.serve(images, async () => {});
+      working.push(server);
+    } catch (error) {
+      say(`left out: ${name}: ${error instanceof Error ? error.message : error}`);
+    }
+  }
+  return working;
+}
+
+function reportFootprint({ memory, mountMs }: Footprint, servers: readonly Server[]): string {
+  return table([
+    ['server', ...servers.map(({ name }) => name), 'goal for vdskfs'],
+    [
+      'most memory',
+      ...servers.map(({ name }) => `${Math.round((memory.get(name) ?? 0) / 2 ** 20)} MiB`),
+      'under 238 MiB (250 MB)',
+    ],
+    ['mount', ...servers.map(({ name }) => `${Math.round(median(mountMs.get(name) ?? []))} ms`), 'under 500 ms'],
+  ]);
+}
+
+async function bench(options: Options, root: string, directory: string): Promise<void> {
+  const { say, chosen } = options;
+  const wanted = jobs.filter(({ name }) => chosen.has(name));
+  print(
+    `${cpus().length} cores, ${cpus()[0]?.model.trim()}; ${Math.round(totalmem() / 2 ** 30)} GiB; up ${Math.round(uptime() / 60)} min; ` +
+      `${(await run('uname', ['-sr'])).trim()}; Node ${process.version}; ${(await run('qemu-img', ['--version'])).split('\n')[0]}`,
+  );
+  say('making the images');
+  const images = await makeImages(directory);
+  const servers = await availableServers(images, root, directory, say);
+  const own = servers.find(({ name }) => name === 'vdskfs');
+  if (!own) throw new Error('vdskfs does not serve: nothing to compare');
+
+  if (wanted.length > 0) {
+    const footprint: Footprint = { memory: new Map(), mountMs: new Map() };
+    const rows: Throughput[] = [];
+    for (const job of wanted)
+      rows.push(await measure(job, servers, { images, directory, core: undefined, footprint }, options));
+    print(report(rows, servers));
+    print(reportFootprint(footprint, servers));
+    if (options.pin) {
+      const pinned: Throughput[] = [];
+      for (const job of wanted.filter(({ clients }) => clients === 1)) {
+        pinned.push(await measure(job, servers, { images, directory, core: 0, footprint }, options));
+      }
+      print(reportPinned(rows, pinned, servers));
+    }
+  }
+  if (chosen.has('copy')) print(await measureCopy(own, directory, options));
+  if (chosen.has('checkpoints')) {
+    const sizes = options.quick ? checkpointSizes.slice(0, 1) : checkpointSizes;
+    const rows: string[][] = [];
+    for (const size of sizes) {
+      const result = await measureCheckpoints(size, own, directory, options);
+      rows.push(...result.rows);
+      say(`mounting ${size.name}: ${Math.round(result.mountMs)} ms (goal under 500 ms)`);
+    }
+    print(reportCheckpoints(rows));
+  }
+}
+
+async function main(): Promise<void> {
+  const options = parse(process.argv.slice(2));
+  if (options === 'help') {
+    process.stdout.write(HELP);
+    return;
+  }
+  const directory = await mkdtemp(join(options.directory, 'vdskfs-bench-'));
+  process.on('exit', endEverything);
+  for (const signal of ['SIGINT', 'SIGTERM', 'SIGHUP'] as const) {
+    process.once(signal, () => {
+      endEverything();
+      void rm(directory, { recursive: true, force: true }).finally(() => process.exit(1));
+    });
+  }
+  try {
+    await bench(options, process.cwd(), directory);
+  } finally {
+    await rm(directory, { recursive: true, force: true });
+  }
+}
+
+try {
+  await main();
+} catch (error) {
+  process.stderr.write(`bench: ${error instanceof Error ? error.message : error}\n`);
+  process.exitCode = 1;
+}

@@ -1,0 +1,139 @@
+/** The servers against each other, by fio, in turns. */
+import { spawnSync } from 'node:child_process';
+import { rm } from 'node:fs/promises';
+import { join } from 'node:path';
+import { fio, inWords, type Job } from './jobs.ts';
+import { run } from './processes.ts';
+import type { Images, Server } from './servers.ts';
+import { median, table } from './statistics.ts';
+
+const MiB = 1 << 20;
+const GiB = 1024 * MiB;
+export const DISK_BYTES = 4 * GiB;
+export const WRITTEN_BYTES = 2 * GiB;
+
+export interface Rounds {
+  readonly rounds: number;
+  readonly seconds: number;
+  readonly say: (line: string) => void;
+}
+
+/** A qcow2 and a raw file of 4 GiB with the first 2 GiB written, both in the page cache. */
+export async function makeImages(directory: string): Promise<Images> {
+  const images = { qcow2: join(directory, 'bench.qcow2'), raw: join(directory, 'bench.raw'), size: DISK_BYTES };
+  const step = 256 * MiB;
+  const writes = Array.from(
+    { length: WRITTEN_BYTES / step },
+    (_, index) => `write -q -P ${index + 1} ${index * step} ${step}`,
+  );
+  for (const [format, file] of [
+    ['qcow2', images.qcow2],
+    ['raw', images.raw],
+  ] as const) {
+    await run('qemu-img', ['create', '-q', '-f', format, file, String(DISK_BYTES)]);
+    await run('qemu-io', ['-f', format, ...writes.flatMap((command) => ['-c', command]), file]);
+    await run('dd', [`if=${file}`, 'of=/dev/null', 'bs=1M', 'status=none']);
+  }
+  return images;
+}
+
+async function freshImages(directory: string): Promise<Images> {
+  const images = { qcow2: join(directory, 'fresh.qcow2'), raw: join(directory, 'fresh.raw'), size: DISK_BYTES };
+  await run('qemu-img', ['create', '-q', '-f', 'qcow2', images.qcow2, String(DISK_BYTES)]);
+  await run('qemu-img', ['create', '-q', '-f', 'raw', images.raw, String(DISK_BYTES)]);
+  return images;
+}
+
+/** What was measured of one job: server name → one value a round. */
+type Samples = Map<string, number[]>;
+
+/** Most memory that each server ever used, in bytes, and its mount times in milliseconds. */
+export interface Footprint {
+  readonly memory: Map<string, number>;
+  readonly mountMs: Map<string, number[]>;
+}
+
+export interface Throughput {
+  readonly job: Job;
+  readonly samples: Samples;
+}
+
+/** One job on all servers, round after round; who begins changes with the round. */
+export async function measure(
+  job: Job,
+  servers: readonly Server[],
+  given: { images: Images; directory: string; core: number | undefined; footprint: Footprint },
+  { rounds, seconds, say }: Rounds,
+): Promise<Throughput> {
+  const samples: Samples = new Map(servers.map(({ name }) => [name, []]));
+  for (let round = 0; round < rounds; round++) {
+    for (let turn = 0; turn < servers.length; turn++) {
+      const server = servers[(round + turn) % servers.length] as Server;
+      const images = job.allocates ? await freshImages(given.directory) : given.images;
+      try {
+        await server.serve(images, async (served) => {
+          const span = job.allocates ? DISK_BYTES : WRITTEN_BYTES;
+          samples.get(server.name)?.push(await fio(job, served.file, { seconds, span, core: given.core }));
+          const { memory, mountMs } = given.footprint;
+          memory.set(server.name, Math.max(memory.get(server.name) ?? 0, served.peakMemory()));
+          mountMs.set(server.name, [...(mountMs.get(server.name) ?? []), served.mountMs]);
+        });
+      } finally {
+        if (job.allocates) await Promise.all([rm(images.qcow2), rm(images.raw)]);
+      }
+      // The next one must not pay for this one's dirty pages.
+      spawnSync('sync', ['-f', given.directory]);
+    }
+    say(`${job.what}${given.core === undefined ? '' : ', pinned'}: round ${round + 1} of ${rounds}`);
+  }
+  return { job, samples };
+}
+
+const middle = (row: Throughput, server: string): number => median(row.samples.get(server) ?? []);
+
+/** How far the rounds of one server lie apart, at most: (highest - lowest) / median. */
+function spread({ samples }: Throughput): string {
+  const spreads = [...samples.values()].map((values) => (Math.max(...values) - Math.min(...values)) / median(values));
+  return `${Math.round(100 * Math.max(...spreads))}%`;
+}
+
+/** Absolute numbers, ratios, and the goals beside them. */
+export function report(rows: readonly Throughput[], servers: readonly Server[]): string {
+  const others = servers.filter(({ name }) => name !== 'vdskfs');
+  const heading = [
+    'medians',
+    ...servers.map(({ name }) => name),
+    ...others.map(({ name }) => `vdskfs / ${name}`),
+    'spread',
+  ];
+  const lines = rows.map((row) => [
+    row.job.what,
+    ...servers.map(({ name }) => inWords(row.job, middle(row, name))),
+    ...others.map(({ name }) => {
+      const goal = row.job.goals[name as keyof typeof row.job.goals];
+      const ratio = `${(middle(row, 'vdskfs') / middle(row, name)).toFixed(2)}x`;
+      return goal === undefined ? ratio : `${ratio} (goal ${goal.toFixed(1)})`;
+    }),
+    spread(row),
+  ]);
+  return table([heading, ...lines]);
+}
+
+/** What changes when the client is kept on one core. */
+export function reportPinned(
+  free: readonly Throughput[],
+  pinned: readonly Throughput[],
+  servers: readonly Server[],
+): string {
+  const lines = pinned.map((row) => {
+    const before = free.find(({ job }) => job === row.job);
+    return [
+      row.job.what,
+      ...servers.map(({ name }) => {
+        const change = before ? `${(middle(row, name) / middle(before, name)).toFixed(2)}x` : '?';
+        return `${inWords(row.job, middle(row, name))} (${change})`;
+      }),
+    ];
+  });
+  return table([['client on one core (to unpinned)', ...servers.map(({ name }) => name)], ...lines]);
+}
