@@ -24,7 +24,7 @@ export function completionScript(shell: Shell, program: Command): string {
   const commands = program
     .createHelp()
     .visibleCommands(program)
-    .filter(({ name }) => name() !== 'help')
+    .filter((command) => command.name() !== 'help')
     .map(completed);
   switch (shell) {
     case 'bash':
