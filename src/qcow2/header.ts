@@ -19,7 +19,7 @@ import {
 } from './header-extensions.ts';
 
 /** 'QFI\xfb' */
-const MAGIC = 0x5146_49fb;
+export const MAGIC = 0x5146_49fb;
 
 export const HEADER_BYTES_V2 = 72;
 /** The least length of a version 3 header. */

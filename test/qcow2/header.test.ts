@@ -32,7 +32,7 @@ const sound = {
 
 function image(
   changes: Partial<ReturnType<typeof headerRecord.decode>>,
-  variablePart = new Uint8Array(),
+  variablePart: Uint8Array = new Uint8Array(),
 ): MemoryStorage {
   const file = new Uint8Array(CLUSTER * FILE_CLUSTERS);
   headerRecord.encode({ ...sound, ...changes }, file);
