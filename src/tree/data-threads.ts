@@ -3,7 +3,7 @@ import { MessageChannel, type MessagePort } from 'node:worker_threads';
 import type { OpenContents, SharedContents } from '../disk/disk.ts';
 import { FsError } from '../errors.ts';
 import type { DataThreadSource } from '../fuse/filesystem.ts';
-import { HandleTable, type OpenRange } from './handle-table.ts';
+import { type OpenRange, SlotTable } from './slot-table.ts';
 import type { FromDataThread, PlaneData, ToDataThread } from './thread-plane.ts';
 
 interface Published {
@@ -14,7 +14,7 @@ interface Published {
 
 export class DataThreads implements DataThreadSource {
   readonly entry = new URL('./data-thread.js', import.meta.url);
-  readonly #table = new HandleTable();
+  readonly #table = new SlotTable();
   readonly #ports = new Set<MessagePort>();
   readonly #published = new Map<number, Published>();
 

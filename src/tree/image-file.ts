@@ -89,7 +89,7 @@ export class ImageFile implements FileNode {
           length,
           slot,
           caching,
-          whenOpen: () => mounted.disk.whenOpen(),
+          mounted,
           release,
         });
       } catch (error) {

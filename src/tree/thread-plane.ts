@@ -1,4 +1,4 @@
-/** A data thread's side of the open disk files: answers READ, WRITE and their kin from the shared handle table. */
+/** A data thread's side of the open disk files: answers READ, WRITE and their kin from the shared table of slots. */
 import { type MessagePort, receiveMessageOnPort } from 'node:worker_threads';
 import debug from 'debug';
 import type { Contents, SharedContents } from '../disk/disk.ts';
@@ -6,7 +6,7 @@ import { type Errno, FsError } from '../errors.ts';
 import { DATA_HANDLES, type DataPlane, DEFER } from '../fuse/data-plane.ts';
 import { errnoNumber } from '../os/errno.ts';
 import { allocateRange, GATE_CLOSED, readRange, seekRange, writeRange } from './byte-range.ts';
-import { flag, HandleTable } from './handle-table.ts';
+import { flag, SlotTable } from './slot-table.ts';
 
 const log = debug('vdskfs:tree');
 
@@ -30,7 +30,7 @@ export interface PlaneData {
 
 /** No allocation on READ and WRITE, unless they fail. */
 export class ThreadPlane implements DataPlane {
-  readonly #table: HandleTable;
+  readonly #table: SlotTable;
   readonly #port: MessagePort;
   readonly #attach: (shared: SharedContents) => Contents;
   readonly #contents = new Map<number, Contents>();
@@ -38,7 +38,7 @@ export class ThreadPlane implements DataPlane {
   #drained: number;
 
   constructor(data: PlaneData, attach: (shared: SharedContents) => Contents) {
-    this.#table = new HandleTable(data.table);
+    this.#table = new SlotTable(data.table);
     this.#port = data.port;
     this.#attach = attach;
     // Not the current one: what was posted before this thread started waits in the port.

@@ -26,7 +26,7 @@ export interface OpenRange {
  * Only the main thread writes. A slot is complete, flags last, before the OPEN that hands it out is answered, and freed
  * after the kernel's RELEASE, which follows the answers to all requests on it: no thread ever reads one half-written.
  */
-export class HandleTable {
+export class SlotTable {
   readonly shared: SharedArrayBuffer;
   readonly #words: Int32Array;
   readonly #doubles: Float64Array;
