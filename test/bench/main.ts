@@ -8,7 +8,7 @@ import { join, resolve } from 'node:path';
 import { parseArgs } from 'node:util';
 import { checkpointSizes, measureCheckpoints, reportCheckpoints } from './checkpoints.ts';
 import { measureCopy } from './copy.ts';
-import { jobs } from './jobs.ts';
+import { type Job, jobs } from './jobs.ts';
 import { endEverything, run } from './processes.ts';
 import { compileFloor, floor, type Images, qemu, type Server, vdskfs } from './servers.ts';
 import { median, table } from './statistics.ts';
@@ -83,21 +83,21 @@ function positive(option: string, text: string): number {
 
 const print = (text: string): void => void process.stdout.write(`${text}\n\n`);
 
-/** Those that work on this host; why another does not is said. */
+/** Those that work on this host; why another does not is said. @throws if vdskfs does not: nothing is left to compare */
 async function availableServers(
   images: Images,
+  own: Server,
   root: string,
   directory: string,
   say: Rounds['say'],
 ): Promise<Server[]> {
-  const candidates: [string, () => Promise<Server>][] = [
+  const others: [string, () => Promise<Server>][] = [
     ['QEMU, aio=threads', async () => qemu('threads')],
     ['QEMU, aio=io_uring', async () => qemu('io_uring')],
     ['the floor', async () => floor(await compileFloor(join(root, 'test/bench/floor.c'), directory))],
-    ['vdskfs', async () => vdskfs(join(root, 'bin/vdskfs'))],
   ];
   const working: Server[] = [];
-  for (const [name, make] of candidates) {
+  for (const [name, make] of others) {
     try {
       const server = await make();
       await server.serve(images, async () => {});
@@ -106,7 +106,8 @@ async function availableServers(
       say(`left out: ${name}: ${error instanceof Error ? error.message : error}`);
     }
   }
-  return working;
+  await own.serve(images, async () => {});
+  return [...working, own];
 }
 
 function reportFootprint({ memory, mountMs }: Footprint, servers: readonly Server[]): string {
@@ -121,6 +122,32 @@ function reportFootprint({ memory, mountMs }: Footprint, servers: readonly Serve
   ]);
 }
 
+/** The rows of fio. */
+async function compare(
+  wanted: readonly Job[],
+  options: Options,
+  own: Server,
+  root: string,
+  directory: string,
+): Promise<void> {
+  options.say('making the images');
+  const images = await makeImages(directory);
+  const servers = await availableServers(images, own, root, directory, options.say);
+  const footprint: Footprint = { memory: new Map(), mountMs: new Map() };
+  const rounds = async (jobs: readonly Job[], core: number | undefined): Promise<Throughput[]> => {
+    const rows: Throughput[] = [];
+    for (const job of jobs) rows.push(await measure(job, servers, { images, directory, core, footprint }, options));
+    return rows;
+  };
+  const rows = await rounds(wanted, undefined);
+  print(report(rows, servers));
+  print(reportFootprint(footprint, servers));
+  if (options.pin) {
+    const single = wanted.filter(({ clients }) => clients === 1);
+    print(reportPinned(rows, await rounds(single, 0), servers));
+  }
+}
+
 async function bench(options: Options, root: string, directory: string): Promise<void> {
   const { say, chosen } = options;
   const wanted = jobs.filter(({ name }) => chosen.has(name));
@@ -128,27 +155,8 @@ async function bench(options: Options, root: string, directory: string): Promise
     `${cpus().length} cores, ${cpus()[0]?.model.trim()}; ${Math.round(totalmem() / 2 ** 30)} GiB; up ${Math.round(uptime() / 60)} min; ` +
       `${(await run('uname', ['-sr'])).trim()}; Node ${process.version}; ${(await run('qemu-img', ['--version'])).split('\n')[0]}`,
   );
-  say('making the images');
-  const images = await makeImages(directory);
-  const servers = await availableServers(images, root, directory, say);
-  const own = servers.find(({ name }) => name === 'vdskfs');
-  if (!own) throw new Error('vdskfs does not serve: nothing to compare');
-
-  if (wanted.length > 0) {
-    const footprint: Footprint = { memory: new Map(), mountMs: new Map() };
-    const rows: Throughput[] = [];
-    for (const job of wanted)
-      rows.push(await measure(job, servers, { images, directory, core: undefined, footprint }, options));
-    print(report(rows, servers));
-    print(reportFootprint(footprint, servers));
-    if (options.pin) {
-      const pinned: Throughput[] = [];
-      for (const job of wanted.filter(({ clients }) => clients === 1)) {
-        pinned.push(await measure(job, servers, { images, directory, core: 0, footprint }, options));
-      }
-      print(reportPinned(rows, pinned, servers));
-    }
-  }
+  const own = vdskfs(join(root, 'bin/vdskfs'));
+  if (wanted.length > 0) await compare(wanted, options, own, root, directory);
   if (chosen.has('copy')) print(await measureCopy(own, directory, options));
   if (chosen.has('checkpoints')) {
     const sizes = options.quick ? checkpointSizes.slice(0, 1) : checkpointSizes;
