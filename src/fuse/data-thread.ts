@@ -19,18 +19,12 @@ export type FromDataThread =
   /** The plane threw what it should not; the request was answered with EIO. */
   | { readonly kind: 'failure'; readonly operation: string; readonly reason: string };
 
-/**
- * Memory that malloc maps for a large block begins this far into a page (glibc). Where that does not hold the data is
- * merely not aligned, which costs the kernel a second page for each that it copies.
- */
-const BLOCK_HEAD_BYTES = 16;
-const PAGE_BYTES = 4096;
-
-/** Where in a fresh buffer a message must start, so that its byte `dataAt` is the first of a page. */
-const startFor = (dataAt: number): number => PAGE_BYTES - BLOCK_HEAD_BYTES - dataAt;
-
 const BODY = inHeader.bytes;
+/** The first field of every argument served here. */
+const FH = BODY + readIn.at.fh;
+/** Where the data of a WRITE starts in its message: at a multiple of 8, as its target will want it. */
 const WRITE_DATA = BODY + writeIn.bytes;
+/** Where the data of a READ starts in its reply. */
 const READ_DATA = outHeader.bytes;
 
 const EIO = errnoNumber('EIO');
@@ -44,77 +38,66 @@ const { READ, WRITE, LSEEK, FALLOCATE, FLUSH, FSYNC } = operations;
  */
 export function serveDevice(device: DeviceAccess, plane: DataPlane): void {
   const { fd, requestBytes } = device;
-  const from = startFor(WRITE_DATA);
-  const capacity = requestBytes + REQUEST_HEAD_BYTES;
-  const request = new Uint8Array(PAGE_BYTES + capacity);
+  const request = new Uint8Array(requestBytes + REQUEST_HEAD_BYTES);
   const view = new DataView(request.buffer);
-  const replyFrom = startFor(READ_DATA);
-  const reply = new Uint8Array(PAGE_BYTES + READ_DATA + requestBytes);
+  const reply = new Uint8Array(READ_DATA + requestBytes);
   const replyView = new DataView(reply.buffer);
-
-  const opcodeAt = from + inHeader.at.opcode;
-  const uniqueAt = from + inHeader.at.unique;
-  const fhAt = from + BODY; // the first field of every argument served here
 
   /** An offset or length: exact up to 2^53, and above that beyond the end of any file. */
   const number64 = (at: number): number => view.getUint32(at, true) + view.getUint32(at + 4, true) * 2 ** 32;
 
   /** A body of `bodyBytes` is in place already, or `error` (negated errno) is given and there is none. */
   const answer = (error: number, bodyBytes: number): void => {
-    replyView.setUint32(replyFrom + outHeader.at.len, READ_DATA + bodyBytes, true);
-    replyView.setInt32(replyFrom + outHeader.at.error, error, true);
-    replyView.setUint32(replyFrom + outHeader.at.unique, view.getUint32(uniqueAt, true), true);
-    replyView.setUint32(replyFrom + outHeader.at.unique + 4, view.getUint32(uniqueAt + 4, true), true);
-    writeReply(fd, reply, replyFrom, READ_DATA + bodyBytes);
+    replyView.setUint32(outHeader.at.len, READ_DATA + bodyBytes, true);
+    replyView.setInt32(outHeader.at.error, error, true);
+    replyView.setUint32(outHeader.at.unique, view.getUint32(inHeader.at.unique, true), true);
+    replyView.setUint32(outHeader.at.unique + 4, view.getUint32(inHeader.at.unique + 4, true), true);
+    writeReply(fd, reply, READ_DATA + bodyBytes);
   };
 
   /** Body of a reply that is one 64-bit number, below 2^53. */
   const putNumber64 = (value: number): void => {
-    replyView.setUint32(replyFrom + READ_DATA, value % 2 ** 32, true);
-    replyView.setUint32(replyFrom + READ_DATA + 4, Math.floor(value / 2 ** 32), true);
+    replyView.setUint32(READ_DATA, value % 2 ** 32, true);
+    replyView.setUint32(READ_DATA + 4, Math.floor(value / 2 ** 32), true);
   };
 
   /** @returns false if the request is the main thread's */
   const serve = (opcode: number, length: number): boolean => {
-    const fh = view.getUint32(fhAt, true);
-    if (fh >= DATA_HANDLES || view.getUint32(fhAt + 4, true) !== 0) return false;
+    const fh = view.getUint32(FH, true);
+    if (fh >= DATA_HANDLES || view.getUint32(FH + 4, true) !== 0) return false;
     let result: number;
     let bodyBytes = 0;
     switch (opcode) {
       case READ.opcode: {
-        const size = view.getUint32(from + BODY + readIn.at.size, true);
+        const size = view.getUint32(BODY + readIn.at.size, true);
         if (size > requestBytes) return false;
-        result = plane.read(fh, number64(from + BODY + readIn.at.offset), size, reply, replyFrom + READ_DATA);
+        result = plane.read(fh, number64(BODY + readIn.at.offset), size, reply, READ_DATA);
         bodyBytes = result;
         break;
       }
       case WRITE.opcode: {
-        const size = view.getUint32(from + BODY + writeIn.at.size, true);
+        const size = view.getUint32(BODY + writeIn.at.size, true);
         if (size !== length - WRITE_DATA) {
           result = -EINVAL;
           break;
         }
-        const sync = (view.getUint32(from + BODY + writeIn.at.flags, true) & SYNC_FLAGS) !== 0;
-        result = plane.write(fh, number64(from + BODY + writeIn.at.offset), size, request, from + WRITE_DATA, sync);
+        const sync = (view.getUint32(BODY + writeIn.at.flags, true) & SYNC_FLAGS) !== 0;
+        result = plane.write(fh, number64(BODY + writeIn.at.offset), size, request, WRITE_DATA, sync);
         if (result >= 0) putNumber64(result);
         bodyBytes = 8;
         break;
       }
       case LSEEK.opcode:
-        result = plane.seek(
-          fh,
-          number64(from + BODY + lseekIn.at.offset),
-          view.getUint32(from + BODY + lseekIn.at.whence, true),
-        );
+        result = plane.seek(fh, number64(BODY + lseekIn.at.offset), view.getUint32(BODY + lseekIn.at.whence, true));
         if (result >= 0) putNumber64(result);
         bodyBytes = 8;
         break;
       case FALLOCATE.opcode:
         result = plane.allocate(
           fh,
-          number64(from + BODY + fallocateIn.at.offset),
-          number64(from + BODY + fallocateIn.at.length),
-          view.getUint32(from + BODY + fallocateIn.at.mode, true),
+          number64(BODY + fallocateIn.at.offset),
+          number64(BODY + fallocateIn.at.length),
+          view.getUint32(BODY + fallocateIn.at.mode, true),
         );
         break;
       case FLUSH.opcode:
@@ -133,9 +116,9 @@ export function serveDevice(device: DeviceAccess, plane: DataPlane): void {
   };
 
   for (;;) {
-    const length = readRequest(fd, request, from, capacity);
+    const length = readRequest(fd, request);
     if (length === 0) return;
-    const opcode = view.getUint32(opcodeAt, true);
+    const opcode = view.getUint32(inHeader.at.opcode, true);
     let served = true;
     try {
       served = serve(opcode, length);
@@ -147,7 +130,7 @@ export function serveDevice(device: DeviceAccess, plane: DataPlane): void {
       }
     }
     if (!served) {
-      const message = request.slice(from, from + length);
+      const message = request.slice(0, length);
       post({ kind: 'request', message }, [message.buffer]);
     }
   }

@@ -10,17 +10,17 @@ export interface DeviceAccess {
   readonly requestBytes: number;
 }
 
-/** Room beside the data of a WRITE, for its head and for requests with names (fuse-protocol: at least 80 bytes). */
+/** Room beside the data of a WRITE, for its head and for requests with names (the kernel insists on 80 bytes). */
 export const REQUEST_HEAD_BYTES = 4096;
 
 /**
- * Take one request from the kernel, waiting for it, into `target[at, at + length)`.
+ * Take one request from the kernel, waiting for it, into `target`.
  * @returns its bytes; 0 when the mount has ended
  */
-export function readRequest(fd: number, target: Uint8Array, at: number, length: number): number {
+export function readRequest(fd: number, target: Uint8Array): number {
   for (;;) {
     try {
-      return readSync(fd, target, at, length, null);
+      return readSync(fd, target, 0, target.length, null);
     } catch (error) {
       switch (codeOf(error)) {
         case 'ENODEV': // unmounted
@@ -47,9 +47,9 @@ const pause = new Int32Array(new SharedArrayBuffer(4));
  * Give the kernel one whole message of `length` bytes.
  * @returns false if nobody waits for it any more: the request was given up, or the mount has ended
  */
-export function writeReply(fd: number, message: Uint8Array, at: number, length: number): boolean {
+export function writeReply(fd: number, message: Uint8Array, length: number): boolean {
   try {
-    writeSync(fd, message, at, length);
+    writeSync(fd, message, 0, length);
     return true;
   } catch (error) {
     return ignoreGone(error);

@@ -119,10 +119,7 @@ export const mountFuseNative: Driver = async (fileSystem, options) => {
     // Without this the package's handle keeps the process alive.
     await new Promise<void>((resolve) => fuse.unmount(() => resolve()));
   });
-  const unmount = async (): Promise<void> => {
-    await unmountDevice(way, options.mountpoint);
-    await ended;
-  };
+  const unmount = (): Promise<void> => unmountDevice(way, options.mountpoint, ended);
   return { capabilities: fuseNativeCapabilities, ended, unmount } satisfies Mounted;
 };
 

@@ -68,8 +68,8 @@ export function freebsdMount(options: Mountable, deviceFd: number): Command {
   };
 }
 
-/** How the process may mount: decides the program, and later the one that unmounts. */
-export type Way = 'linux-root' | 'linux-user' | 'freebsd';
+/** Whose programs mount and unmount here. */
+export type Way = 'linux-root' | 'linux-user' | 'freebsd' | 'darwin';
 
 /**
  * Unmount. The two for Linux ask nothing of the mount (umount(8) without `-c` would stat it first, which a server
@@ -82,6 +82,7 @@ export function unmountCommand(way: Way, mountpoint: string, lazy: boolean): Com
     case 'linux-user':
       return { program: 'fusermount3', args: ['-u', ...(lazy ? ['-z'] : []), '--', mountpoint] };
     case 'freebsd':
+    case 'darwin':
       return { program: 'umount', args: [...(lazy ? ['-f'] : []), mountpoint] };
   }
 }

@@ -24,8 +24,9 @@ export async function listMounts(): Promise<MountEntry[]> {
 
 async function allMounts(): Promise<MountEntry[]> {
   if (process.platform === 'linux') return parseMountinfo(await readFile('/proc/self/mountinfo', 'utf8'));
-  const { stdout } = await runCommand({ program: 'mount', args: ['-p'] });
-  return parseFstab(stdout);
+  const freebsd = process.platform === 'freebsd';
+  const { stdout } = await runCommand({ program: 'mount', args: freebsd ? ['-p'] : [] });
+  return freebsd ? parseFstab(stdout) : parseMount(stdout);
 }
 
 /**
@@ -67,6 +68,16 @@ export function parseFstab(text: string): MountEntry[] {
   });
 }
 
+/** `mount` of macOS: `SOURCE on PATH (TYPE, OPTION, …)`. */
+export function parseMount(text: string): MountEntry[] {
+  return lines(text).flatMap((line) => {
+    const [, source, mountpoint, list] = /^(.*?) on (.*) \((.*)\)$/.exec(line) ?? [];
+    if (source === undefined || mountpoint === undefined || list === undefined) return [];
+    const [type = '', ...options] = list.split(', ');
+    return [{ mountpoint, source, readOnly: options.includes('read-only'), type, device: undefined }];
+  });
+}
+
 const lines = (text: string): string[] => text.split('\n').filter((line) => line !== '');
 
 /** Space, tab, newline and backslash are written as backslash and three octal digits. */
@@ -100,14 +111,15 @@ export async function mountAt(mountpoint: string): Promise<MountEntry | undefine
 /** The mount at `mountpoint` whose server is dead: every access fails with ENOTCONN until it is unmounted. */
 export async function findStaleMount(mountpoint: string): Promise<MountEntry | undefined> {
   try {
-    await stat(mountpoint);
+    // FreeBSD makes up attributes for the root of a dead mount; names in it fail.
+    await stat(process.platform === 'freebsd' ? join(mountpoint, 'README') : mountpoint);
     return undefined;
   } catch (error) {
-    if (codeOf(error) !== STALE_CODES[process.platform]) return undefined;
+    if (!STALE_CODES.includes(codeOf(error) ?? '')) return undefined;
   }
   const mount = await mountAt(mountpoint);
   return mount?.type.startsWith('fuse') ? mount : undefined;
 }
 
-/** What stat(2) of a mount without a server fails with. */
-const STALE_CODES: Partial<Record<NodeJS.Platform, string>> = { linux: 'ENOTCONN', freebsd: 'ENXIO' };
+/** What access to a mount without a server fails with: Linux and macOS, FreeBSD. */
+const STALE_CODES: readonly string[] = ['ENOTCONN', 'ENXIO'];

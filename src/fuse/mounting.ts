@@ -2,6 +2,7 @@
 
 import { close, constants, open } from 'node:fs';
 import { stat } from 'node:fs/promises';
+import { setTimeout as sleep } from 'node:timers/promises';
 import { promisify } from 'node:util';
 import { FsError } from '../errors.ts';
 import { codeOf, fsErrorFrom } from '../os/errno.ts';
@@ -17,18 +18,26 @@ const closeDescriptor = promisify(close);
 
 const DEVICE = '/dev/fuse';
 
-/** @throws FsError ENOTSUP on a system without a FUSE device that is known here */
+/** @throws FsError ENOTSUP on a system whose mounting programs are not known here */
 export function mountingWay(): Way {
-  if (process.platform === 'linux') return process.geteuid?.() === 0 ? 'linux-root' : 'linux-user';
-  if (process.platform === 'freebsd') return 'freebsd';
-  throw new FsError('ENOTSUP', `the native driver knows no ${process.platform}: use --driver fuse-native`);
+  switch (process.platform) {
+    case 'linux':
+      return process.geteuid?.() === 0 ? 'linux-root' : 'linux-user';
+    case 'freebsd':
+    case 'darwin':
+      return process.platform;
+    default:
+      throw new FsError('ENOTSUP', `vdskfs cannot mount on ${process.platform}: it runs on Linux, FreeBSD and macOS`);
+  }
 }
 
 /**
  * Mount, and return the device's descriptor, which the caller closes. Nobody needs to serve it yet.
- * @throws FsError with the mounting program's own words
+ * @throws FsError with the mounting program's own words; ENOTSUP on macOS, whose device speaks otherwise
  */
 export async function mountDevice(options: MountOptions, way: Way): Promise<number> {
+  if (way === 'darwin')
+    throw new FsError('ENOTSUP', 'the native driver does not run on macOS: use --driver fuse-native');
   await checkMountpoint(options.mountpoint);
   if (way === 'linux-user') return mountThroughFusermount(options);
   const fd = await openDevice(way);
@@ -98,20 +107,41 @@ async function mountBy(command: Command, mountpoint: string): Promise<void> {
 }
 
 /**
- * Unmount.
+ * Unmount, and wait until the kernel lets go of the mount, which `ended` tells.
  * @throws FsError EBUSY while files are open in it, with who holds them as far as that can be found out
  */
-export async function unmountDevice(way: Way, mountpoint: string): Promise<void> {
+export async function unmountDevice(way: Way, mountpoint: string, ended: Promise<void>): Promise<void> {
   const path = await canonical(mountpoint);
   const command = unmountCommand(way, path, false);
   const { status, complaint } = await run(command, `cannot unmount '${mountpoint}'`);
-  if (status === 0) return;
-  if (!/busy/i.test(complaint)) {
+  if (status !== 0 && /busy/i.test(complaint)) throw await busy(mountpoint, path);
+  // Not in the tree any more: somebody was faster, perhaps with `umount -l`.
+  if (status !== 0 && !/not mounted|not found/i.test(complaint)) {
     throw new FsError('EIO', `cannot unmount '${mountpoint}': ${said(command, status, complaint)}`);
   }
+  if (!(await settles(ended, LETTING_GO_MS))) {
+    throw new FsError(
+      'EBUSY',
+      `'${mountpoint}' is unmounted here, but files in it are still open, or another mount namespace still has it; ` +
+        'it is served until they are closed',
+    );
+  }
+}
+
+const LETTING_GO_MS = 5000;
+
+async function settles(promise: Promise<void>, withinMs: number): Promise<boolean> {
+  const cancel = new AbortController();
+  const late = sleep(withinMs, false, { signal: cancel.signal }).catch(() => false);
+  const settled = await Promise.race([promise.then(() => true), late]);
+  cancel.abort();
+  return settled;
+}
+
+async function busy(mountpoint: string, path: string): Promise<FsError> {
   const users = await usersOf(path);
   const who = users === '' ? 'files in it are open' : `files in it are open, held by ${users}`;
-  throw new FsError('EBUSY', `cannot unmount '${mountpoint}': ${who}; close them and try again`);
+  return new FsError('EBUSY', `cannot unmount '${mountpoint}': ${who}; close them and try again`);
 }
 
 /** Take the mount out of the tree at once, whatever is open in it. For one that nobody serves any more. */

@@ -11,7 +11,7 @@ import { type DeviceAccess, writeReply, writeReplyParts } from './device.ts';
 import type { Driver, DriverCapabilities, Mounted } from './driver.ts';
 import type { DataThreadSource, FileSystem } from './filesystem.ts';
 import { REQUEST_BYTES } from './init.ts';
-import { mountAt } from './mount-list.ts';
+import { findStaleMount, mountAt } from './mount-list.ts';
 import { clearStaleMount, mountDevice, mountingWay, unmountDevice } from './mounting.ts';
 import { DeviceNotifier } from './notifier.ts';
 import { Session } from './session.ts';
@@ -53,6 +53,9 @@ export const mountNative: Driver = async (fileSystem, options) => {
     await session.close();
     await notifier.close();
     await closeDescriptor(fd);
+    // All threads broke: what is left would fail every access.
+    const stale = await findStaleMount(options.mountpoint);
+    if (stale !== undefined) await clearStaleMount(stale).catch((error) => report(error, 'unmount'));
     log('the mount at %s has ended', options.mountpoint);
   });
 
@@ -69,8 +72,7 @@ export const mountNative: Driver = async (fileSystem, options) => {
   return { capabilities: nativeCapabilities, ended, unmount: () => unmount() } satisfies Mounted;
 
   async function unmount(): Promise<void> {
-    await unmountDevice(way, options.mountpoint);
-    await ended;
+    await unmountDevice(way, options.mountpoint, ended);
   }
 };
 

@@ -9,5 +9,5 @@ import { writeReply } from './device.ts';
 parentPort?.on('message', (message: Uint8Array | null) => {
   if (message === null) parentPort?.close();
   // "No such node" or name: the kernel had nothing cached.
-  else writeReply(workerData.fd, message, 0, message.length);
+  else writeReply(workerData.fd, message, message.length);
 });
