@@ -42,7 +42,7 @@ export const mountNative: Driver = async (fileSystem, options) => {
     fileSystem,
     system: way === 'freebsd' ? 'freebsd' : 'linux',
     send: (header, body) =>
-      body.length === 0 ? writeReply(fd, header, 0, header.length) : writeReplyParts(fd, header, body),
+      body.length === 0 ? writeReply(fd, header, header.length) : writeReplyParts(fd, header, body),
     report,
   });
   const notifier = new DeviceNotifier(fd, (error) => report(error, 'notification'));
