@@ -22,7 +22,7 @@ import type {
 } from './filesystem.ts';
 import { escapedOption, SUBTYPE } from './mount-command.ts';
 import { watchMount } from './mount-end.ts';
-import { checkMountpoint, mountingWay, unmountDevice } from './mounting.ts';
+import { checkMountpoint, mountingWay, unmountAndWait } from './mounting.ts';
 import { BLOCK_SIZE, STAT_BLOCK_BYTES } from './reply.ts';
 import { NAME_BYTES_MAX } from './request.ts';
 import { SYNC_FLAGS } from './structures.ts';
@@ -119,7 +119,7 @@ export const mountFuseNative: Driver = async (fileSystem, options) => {
     // Without this the package's handle keeps the process alive.
     await new Promise<void>((resolve) => fuse.unmount(() => resolve()));
   });
-  const unmount = (): Promise<void> => unmountDevice(way, options.mountpoint, ended);
+  const unmount = (): Promise<void> => unmountAndWait(way, options.mountpoint, ended);
   return { capabilities: fuseNativeCapabilities, ended, unmount } satisfies Mounted;
 };
 

@@ -107,18 +107,24 @@ async function mountBy(command: Command, mountpoint: string): Promise<void> {
 }
 
 /**
- * Unmount, and wait until the kernel lets go of the mount, which `ended` tells.
+ * Unmount. No failure if somebody was faster, perhaps with `umount -l`: the path is then free already.
  * @throws FsError EBUSY while files are open in it, with who holds them as far as that can be found out
  */
-export async function unmountDevice(way: Way, mountpoint: string, ended: Promise<void>): Promise<void> {
+export async function unmountDevice(way: Way, mountpoint: string): Promise<void> {
   const path = await canonical(mountpoint);
   const command = unmountCommand(way, path, false);
   const { status, complaint } = await run(command, `cannot unmount '${mountpoint}'`);
-  if (status !== 0 && /busy/i.test(complaint)) throw await busy(mountpoint, path);
-  // Not in the tree any more: somebody was faster, perhaps with `umount -l`.
-  if (status !== 0 && !/not mounted|not found/i.test(complaint)) {
-    throw new FsError('EIO', `cannot unmount '${mountpoint}': ${said(command, status, complaint)}`);
-  }
+  if (status === 0 || /not mounted|not found/i.test(complaint)) return;
+  if (/busy/i.test(complaint)) throw await busy(mountpoint, path);
+  throw new FsError('EIO', `cannot unmount '${mountpoint}': ${said(command, status, complaint)}`);
+}
+
+/**
+ * Unmount, and wait until the kernel has let go of the mount, which `ended` tells.
+ * @throws FsError EBUSY also if it does not: it is served on, and can be asked for again
+ */
+export async function unmountAndWait(way: Way, mountpoint: string, ended: Promise<void>): Promise<void> {
+  await unmountDevice(way, mountpoint);
   if (!(await settles(ended, LETTING_GO_MS))) {
     throw new FsError(
       'EBUSY',

@@ -12,7 +12,7 @@ import type { Driver, DriverCapabilities, Mounted } from './driver.ts';
 import type { DataThreadSource, FileSystem } from './filesystem.ts';
 import { REQUEST_BYTES } from './init.ts';
 import { findStaleMount, mountAt } from './mount-list.ts';
-import { clearStaleMount, mountDevice, mountingWay, unmountDevice } from './mounting.ts';
+import { clearStaleMount, mountDevice, mountingWay, unmountAndWait } from './mounting.ts';
 import { DeviceNotifier } from './notifier.ts';
 import { Session } from './session.ts';
 
@@ -72,7 +72,7 @@ export const mountNative: Driver = async (fileSystem, options) => {
   return { capabilities: nativeCapabilities, ended, unmount: () => unmount() } satisfies Mounted;
 
   async function unmount(): Promise<void> {
-    await unmountDevice(way, options.mountpoint, ended);
+    await unmountAndWait(way, options.mountpoint, ended);
   }
 };
 
