@@ -45,16 +45,21 @@ export function checkL1Entry(high: number, low: number, index: number): void {
 
 /**
  * Classify a standard (8-byte) entry.
+ * @param external the data is in a file of its own, where host offset 0 is valid if COPIED is set
  * @throws CorruptImage if a reserved bit is set; in version 2 the zero flag is one
  */
-export function kindOf(high: number, low: number, version: number): Kind {
+export function kindOf(high: number, low: number, version: number, external = false): Kind {
   if ((high & COMPRESSED) !== 0) return kind.COMPRESSED;
   if ((high & RESERVED_HIGH) !== 0 || (low & RESERVED_LOW) !== 0 || (version < 3 && (low & ALL_ZEROES) !== 0)) {
     throw new CorruptImage(`L2 entry ${inHex(high, low)}: reserved bits are set`);
   }
   if ((low & ALL_ZEROES) !== 0) return kind.ZERO;
-  return (high & OFFSET_HIGH) === 0 && (low & OFFSET_LOW) === 0 ? kind.UNALLOCATED : kind.DATA;
+  return hasHost(high, low, external) ? kind.DATA : kind.UNALLOCATED;
 }
+
+/** Whether an entry that is not compressed names a host cluster. */
+export const hasHost = (high: number, low: number, external: boolean): boolean =>
+  (high & OFFSET_HIGH) !== 0 || (low & OFFSET_LOW) !== 0 || (external && (high & COPIED) !== 0);
 
 /** Subclusters in a cluster with extended L2 entries (specification, "Extended L2 Entries"). */
 export const SUBCLUSTERS = 32;
@@ -65,7 +70,14 @@ export const SUBCLUSTERS = 32;
  * @param allocated bits 0-31 of the bitmap: the data is in the host cluster
  * @throws CorruptImage for combinations that the format forbids
  */
-export function subclusterKind(high: number, low: number, zero: number, allocated: number, index: number): Kind {
+export function subclusterKind(
+  high: number,
+  low: number,
+  zero: number,
+  allocated: number,
+  index: number,
+  external = false,
+): Kind {
   if ((high & COMPRESSED) !== 0) {
     // The specification wants the bitmap of a compressed cluster to be 0; QEMU refuses others as we do.
     if (zero !== 0 || allocated !== 0) {
@@ -82,7 +94,7 @@ export function subclusterKind(high: number, low: number, zero: number, allocate
   const bit = 1 << index;
   if ((zero & bit) !== 0) return kind.ZERO;
   if ((allocated & bit) === 0) return kind.UNALLOCATED;
-  if ((high & OFFSET_HIGH) === 0 && (low & OFFSET_LOW) === 0) {
+  if (!hasHost(high, low, external)) {
     throw new CorruptImage(`extended L2 entry ${inHex(high, low)}: allocated subclusters without a host cluster`);
   }
   return kind.DATA;

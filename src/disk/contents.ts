@@ -1,0 +1,129 @@
+/** The views of a disk's bytes, over one thread's image object. */
+import { FsError } from '../errors.ts';
+import { zeroRange } from '../qcow2/discard.ts';
+import { flush } from '../qcow2/flush.ts';
+import type { Image } from '../qcow2/image.ts';
+import { extentAt } from '../qcow2/layer.ts';
+import type { L1Table } from '../qcow2/lookup.ts';
+import { readRange } from '../qcow2/read.ts';
+import { writeRange } from '../qcow2/write.ts';
+import type { Contents } from './disk.ts';
+
+/** Searches for data and holes look at this much of the disk at a time. */
+const SEARCH_BYTES = 2 ** 40;
+
+/** The live contents. */
+export class LiveContents implements Contents {
+  readonly #image: Image;
+
+  constructor(image: Image) {
+    this.#image = image;
+  }
+
+  size(): number {
+    return this.#image.virtualSize();
+  }
+
+  read(target: Uint8Array, at: number, length: number, offset: number): void {
+    readRange(this.#image, undefined, target, at, length, offset);
+  }
+
+  write(source: Uint8Array, at: number, length: number, offset: number): boolean {
+    this.#checkWritable();
+    return writeRange(this.#image, source, at, length, offset);
+  }
+
+  discard(offset: number, length: number): boolean {
+    this.#checkWritable();
+    return zeroRange(this.#image, offset, length, 'free');
+  }
+
+  writeZeroes(offset: number, length: number): boolean {
+    this.#checkWritable();
+    return zeroRange(this.#image, offset, length, 'keep');
+  }
+
+  flush(): void {
+    if (this.#image.geometry.writable) flush(this.#image);
+  }
+
+  nextData(offset: number): number {
+    return search(this.#image, undefined, 0, this.size(), offset, true);
+  }
+
+  nextHole(offset: number): number {
+    return search(this.#image, undefined, 0, this.size(), offset, false);
+  }
+
+  #checkWritable(): void {
+    if (!this.#image.geometry.writable) throw new FsError('EROFS', `${this.#image.file.path} is open for reading only`);
+  }
+}
+
+/** What a snapshot shows: its disk, or its VM state, which lies behind the disk in the same mapping. */
+export class SnapshotContents implements Contents {
+  readonly #image: Image;
+  readonly #table: L1Table;
+  /** Guest offset of the first byte. */
+  readonly #base: number;
+  readonly #size: number;
+
+  constructor(image: Image, table: L1Table, base: number, size: number) {
+    this.#image = image;
+    this.#table = table;
+    this.#base = base;
+    this.#size = size;
+  }
+
+  size(): number {
+    return this.#size;
+  }
+
+  read(target: Uint8Array, at: number, length: number, offset: number): void {
+    readRange(this.#image, this.#table, target, at, length, this.#base + offset);
+  }
+
+  write(): boolean {
+    throw this.#refusal();
+  }
+
+  discard(): boolean {
+    throw this.#refusal();
+  }
+
+  writeZeroes(): boolean {
+    throw this.#refusal();
+  }
+
+  flush(): void {}
+
+  nextData(offset: number): number {
+    return search(this.#image, this.#table, this.#base, this.#size, offset, true);
+  }
+
+  nextHole(offset: number): number {
+    return search(this.#image, this.#table, this.#base, this.#size, offset, false);
+  }
+
+  #refusal(): FsError {
+    return new FsError('EROFS', 'a checkpoint never changes; write to disk.raw, or roll back to the checkpoint first');
+  }
+}
+
+/** First offset ≥ `offset` with data, or without; -1 (data) or the size (hole) if there is none. */
+function search(
+  image: Image,
+  table: L1Table | undefined,
+  base: number,
+  size: number,
+  offset: number,
+  data: boolean,
+): number {
+  let position = offset;
+  while (position < size) {
+    const found = extentAt(image, table, base + position, Math.min(size - position, SEARCH_BYTES));
+    if (found.data === data) return position;
+    position += found.length;
+  }
+  return data ? -1 : size;
+}

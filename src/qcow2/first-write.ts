@@ -1,0 +1,53 @@
+/** What the format asks of a writer before it changes anything (qcow2 specification, feature bits). */
+import { autoclear, headerAt, incompatible } from './header.ts';
+import { readIncompatible, writeIncompatible } from './header-update.ts';
+import type { Image } from './image.ts';
+import { word } from './image.ts';
+
+/** Before the first write of any kind: autoclear bits of features that this writer does not keep up are cleared. */
+export function beforeData(image: Image): void {
+  if (Atomics.load(image.words, word.WRITTEN) === 1) return;
+  image.lock();
+  try {
+    if (image.words[word.WRITTEN] === 1) return;
+    if (image.geometry.version >= 3) clearAutoclear(image);
+    Atomics.store(image.words, word.WRITTEN, 1);
+  } finally {
+    image.unlock();
+  }
+}
+
+function clearAutoclear(image: Image): void {
+  const bytes = new Uint8Array(8);
+  image.file.read(bytes, 0, 8, headerAt.autoclear);
+  const view = new DataView(bytes.buffer);
+  const bits = view.getBigUint64(0);
+  const kept = bits & autoclear.DATA_FILE_RAW;
+  if (kept === bits) return;
+  view.setBigUint64(0, kept);
+  image.file.write(bytes, 0, 8, headerAt.autoclear);
+  image.file.flush();
+}
+
+/**
+ * Before the first change of metadata, with the mutex held: in version 3 the dirty bit is set and durable, so that an
+ * opener after a crash counts the refcounts anew. Version 2 has no such bit; there the write order alone keeps them safe.
+ */
+export function beforeMetadata(image: Image): void {
+  if (image.words[word.DIRTY] === 1) return;
+  if (image.geometry.version >= 3) {
+    writeIncompatible(image.file, readIncompatible(image.file) | incompatible.DIRTY);
+    image.file.flush();
+  }
+  image.words[word.DIRTY] = 1;
+}
+
+/** Everything is in the file and durable: the refcounts can be trusted again. */
+export function markClean(image: Image): void {
+  if (image.words[word.DIRTY] === 0) return;
+  if (image.geometry.version >= 3) {
+    writeIncompatible(image.file, readIncompatible(image.file) & ~incompatible.DIRTY);
+    image.file.flush();
+  }
+  image.words[word.DIRTY] = 0;
+}

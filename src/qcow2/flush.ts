@@ -1,0 +1,183 @@
+/**
+ * Bringing the changes to the file. Write order (an arrow is a barrier, fdatasync):
+ *
+ *  1. data and refcounts that went up → L2 entries that point to them → L1 entries → refcounts that go down.
+ *  2. A new L2 table is complete in the file before step 1 begins; so is a new refcount block (allocator.ts).
+ *  3. The dirty bit (version 3) is durable before the first of all these (first-write.ts).
+ *  4. Clusters are handed out again only after their refcount has fallen, that is after the unlinking is durable, after
+ *     every read that began before it has ended, and after the host got the space back.
+ *
+ * A crash between two arrows leaves clusters counted that nothing uses: leaks, no more; the dirty bit tells the next
+ * opener to count anew.
+ */
+import { FsError } from '../errors.ts';
+import { punchFreed, truncateTail } from './give-back.ts';
+import type { Image } from './image.ts';
+import { failure, number, word } from './image.ts';
+import { lock, unlock } from './mutex.ts';
+import { changeRefcount, refcountOf } from './refcounts.ts';
+
+/**
+ * Everything that was written before the call is durable when it returns. Several callers share one flush.
+ * @throws FsError EIO; after a failed flush the image is not written any more
+ */
+export function flush(image: Image): void {
+  image.checkUsable();
+  const { words } = image;
+  image.lock();
+  const clean = isClean(image);
+  const begun = words[word.FLUSH_COUNT] as number;
+  image.unlock();
+  if (clean) {
+    flushData(image);
+    return;
+  }
+  lock(words, word.FLUSH_MUTEX);
+  try {
+    // Another thread's flush may have begun and ended while this one waited: it took these changes along.
+    if (Atomics.load(words, word.FLUSH_COUNT) - begun < 1) flushHeld(image);
+    else image.checkUsable();
+  } finally {
+    unlock(words, word.FLUSH_MUTEX);
+  }
+}
+
+function isClean(image: Image): boolean {
+  const { words } = image;
+  return (
+    image.l2.dirtyCount() === 0 &&
+    (!image.geometry.writable || image.refcounts.dirtyCount() === 0) &&
+    words[word.L1_DIRTY_FROM] === words[word.L1_DIRTY_TO] &&
+    words[word.UNLINKED_COUNT] === 0 &&
+    words[word.FLUSHING] === 0
+  );
+}
+
+function flushData(image: Image): void {
+  attempt(image, () => {
+    image.data.flush();
+    if (image.data !== image.file) image.file.flush();
+  });
+}
+
+/** A flush that fails leaves the file in a state nobody knows: no write may follow. */
+function attempt(image: Image, action: () => void): void {
+  try {
+    action();
+  } catch (error) {
+    Atomics.compareExchange(image.words, word.FAILED, failure.NONE, failure.FLUSH);
+    throw new FsError('EIO', `${image.file.path}: the changes could not be made durable; it is not written any more`, {
+      cause: error,
+    });
+  }
+}
+
+/** The flush itself, with FLUSH_MUTEX held. */
+export function flushHeld(image: Image): void {
+  const { words, l2, file } = image;
+  const l2Offsets: number[] = [];
+  let l2Staged: Uint8Array = new Uint8Array(0);
+  let l1From = 0;
+  let l1Staged: Uint8Array = new Uint8Array(0);
+  let unlinkedRanges: { first: number; count: number }[] = [];
+  let epoch = 0;
+
+  attempt(image, () => {
+    image.lock();
+    try {
+      Atomics.add(words, word.FLUSH_COUNT, 1);
+      words[word.FLUSHING] = 1;
+      epoch = Atomics.add(words, word.EPOCH, 1);
+      if (image.geometry.writable) image.refcounts.writeDirty();
+      l2Staged = l2.stage(l2Offsets);
+      l1From = words[word.L1_DIRTY_FROM] as number;
+      const l1To = words[word.L1_DIRTY_TO] as number;
+      l1Staged = new Uint8Array(image.l1.buffer, image.l1.byteOffset + l1From * 8, (l1To - l1From) * 8).slice();
+      words[word.L1_DIRTY_FROM] = words[word.L1_DIRTY_TO] = 0;
+      unlinkedRanges = takeUnlinked(image);
+    } finally {
+      image.unlock();
+    }
+    flushData(image);
+    if (l2Offsets.length > 0) {
+      writeSlices(image, l2Offsets, l2Staged);
+      file.flush();
+      image.lock();
+      l2.written(l2Offsets);
+      image.unlock();
+    }
+    if (l1Staged.length > 0) {
+      file.write(l1Staged, 0, l1Staged.length, (image.numbers[number.L1_OFFSET] as number) + l1From * 8);
+      file.flush();
+    }
+  });
+  if (unlinkedRanges.length > 0) {
+    waitForEarlierReads(image, epoch);
+    attempt(image, () => releaseClusters(image, unlinkedRanges));
+  }
+  words[word.FLUSHING] = 0;
+}
+
+/** Neighbouring slices go out in one write. */
+function writeSlices(image: Image, offsets: readonly number[], staged: Uint8Array): void {
+  const { sliceBytes } = image.geometry;
+  const order = offsets.map((_, index) => index).sort((a, b) => offsets[a]! - offsets[b]!);
+  for (const index of order) image.file.write(staged, index * sliceBytes, sliceBytes, offsets[index]!);
+}
+
+function takeUnlinked(image: Image): { first: number; count: number }[] {
+  const { words, unlinked } = image;
+  const ranges = [];
+  for (let index = 0; index < (words[word.UNLINKED_COUNT] as number); index++) {
+    ranges.push({ first: unlinked[index * 2] as number, count: unlinked[index * 2 + 1] as number });
+  }
+  words[word.UNLINKED_COUNT] = 0;
+  return ranges;
+}
+
+/** Reads last as long as one host read, so that waiting means yielding the processor a few times. */
+export function waitForEarlierReads(image: Image, epoch: number): void {
+  const { words } = image;
+  for (let thread = 0; thread < Atomics.load(words, word.THREADS); thread++) {
+    if (thread === image.thread) continue;
+    for (;;) {
+      const since = Atomics.load(words, word.ACTIVE + thread);
+      if (since === 0 || since - epoch > 0) break;
+      Atomics.wait(words, word.ACTIVE + thread, since, 1);
+    }
+  }
+}
+
+/** Lower the refcounts; what falls to 0 goes back to the host first, and is free for everyone after that. */
+function releaseClusters(image: Image, ranges: readonly { first: number; count: number }[]): void {
+  const freed: { first: number; count: number }[] = [];
+  image.lock();
+  try {
+    for (const { first, count } of ranges) {
+      for (let cluster = first; cluster < first + count; cluster++) {
+        if (refcountOf(image, cluster) !== 1) {
+          changeRefcount(image, cluster, -1);
+          continue;
+        }
+        const last = freed.at(-1);
+        if (last !== undefined && last.first + last.count === cluster) last.count++;
+        else freed.push({ first: cluster, count: 1 });
+      }
+    }
+  } finally {
+    image.unlock();
+  }
+  // Nobody else can touch these: not referenced, not free.
+  punchFreed(image, freed);
+  image.lock();
+  try {
+    for (const { first, count } of freed) {
+      for (let cluster = first; cluster < first + count; cluster++) changeRefcount(image, cluster, -1);
+      image.setMetadata(first, count, false);
+    }
+    truncateTail(image, freed);
+    image.refcounts.writeDirty();
+  } finally {
+    image.unlock();
+  }
+}

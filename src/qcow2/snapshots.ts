@@ -1,0 +1,450 @@
+/**
+ * Internal snapshots: take, delete, rename, go back to (qcow2 specification, "Snapshots"). Every step leaves a correct
+ * image: the snapshot table is written anew to fresh clusters, complete and durable, before one write of the header
+ * switches to it; refcounts are up before that, and go down after.
+ */
+import { FsError } from '../errors.ts';
+import { allocateTable } from './allocator.ts';
+import { dataClusters } from './data-clusters.ts';
+import { beforeData, beforeMetadata } from './first-write.ts';
+import { flush, waitForEarlierReads } from './flush.ts';
+import { closeGate, openGate } from './gate.ts';
+import { truncateTail } from './give-back.ts';
+import { limits } from './header.ts';
+import { writeDisk, writeSnapshotTablePosition } from './header-update.ts';
+import type { Image } from './image.ts';
+import { number, word } from './image.ts';
+import { COPIED } from './l2-entry.ts';
+import type { L1Table } from './lookup.ts';
+import { maxRefcount } from './refcount-entry.ts';
+import {
+  ClusterSet,
+  changeReferences,
+  clearCopied,
+  countedClusters,
+  l2Tables,
+  type Progress,
+  setCopied,
+} from './references.ts';
+import {
+  encodeSnapshotTable,
+  MAX_SNAPSHOT_TABLE_BYTES,
+  newSnapshotEntry,
+  renamedEntry,
+  type SnapshotEntry,
+} from './snapshot-table.ts';
+import { unlink } from './unlinked.ts';
+
+/** The snapshots of an open image, in the order of the table. Lives on the main thread, which alone changes it. */
+export interface SnapshotList {
+  entries: readonly SnapshotEntry[];
+  /** Where the table is; 0 and 0 without snapshots. */
+  tableOffset: number;
+  tableBytes: number;
+}
+
+/** L1 entries that `virtualSize` bytes of disk need; VM state begins behind them. */
+export const l1EntriesForSize = (image: Image, virtualSize: number): number =>
+  Math.ceil(virtualSize / image.geometry.l2SpanBytes);
+
+/** Guest offset at which the VM state of a snapshot begins. */
+export const vmStateOffset = (image: Image, entry: SnapshotEntry): number =>
+  l1EntriesForSize(image, entry.virtualSize) * image.geometry.l2SpanBytes;
+
+/**
+ * The L1 table of a snapshot, in shared memory of its own so that other threads can use it.
+ * @throws FsError EIO if it cannot be used
+ */
+export function readSnapshotL1(image: Image, entry: SnapshotEntry): L1Table {
+  if (entry.problem !== undefined) {
+    throw new FsError('EIO', `${image.file.path}: snapshot ${entry.id} cannot be read: ${entry.problem}`);
+  }
+  const bytes = new Uint8Array(new SharedArrayBuffer(Math.max(8, entry.l1Entries * 8)));
+  const got = image.file.read(bytes, 0, entry.l1Entries * 8, entry.l1TableOffset);
+  if (got < entry.l1Entries * 8) {
+    throw new FsError('EIO', `${image.file.path}: the L1 table of snapshot ${entry.id} passes the end of the file`);
+  }
+  return { view: new DataView(bytes.buffer), entries: entry.l1Entries };
+}
+
+/**
+ * Take a snapshot of the live contents. Writes wait meanwhile; reads go on.
+ * @throws FsError ENOTSUP if the format cannot hold it, ENOSPC; nothing has changed then
+ */
+export async function takeSnapshot(
+  image: Image,
+  list: SnapshotList,
+  fields: { readonly name: string; readonly timeMs: number },
+  progress: Progress,
+): Promise<SnapshotEntry> {
+  checkPossible(image, list);
+  return still(image, async () => {
+    const { numbers, geometry } = image;
+    const { clusterBytes } = geometry;
+    const virtualSize = image.virtualSize();
+    const l1Entries = Math.min(numbers[number.L1_ENTRIES] as number, Math.max(1, l1EntriesForSize(image, virtualSize)));
+    const l1Clusters = Math.max(1, Math.ceil((l1Entries * 8) / clusterBytes));
+    const tables = l2Tables(image.l1, l1Entries);
+
+    const l1Cluster = allocateMetadata(image, l1Clusters);
+    let undo = async (): Promise<void> => freeMetadata(image, l1Cluster, l1Clusters);
+    try {
+      writePadded(image, activeL1(image, l1Entries, false), l1Cluster);
+      const entry = newSnapshotEntry({
+        l1TableOffset: l1Cluster * clusterBytes,
+        l1Entries,
+        id: nextId(list.entries),
+        name: fields.name,
+        seconds: Math.floor(fields.timeMs / 1000),
+        nanoseconds: Math.floor(fields.timeMs % 1000) * 1_000_000,
+        virtualSize,
+      });
+      const next = [...list.entries, entry];
+      const table = writeTable(image, next);
+      undo = async () => {
+        freeMetadata(image, l1Cluster, l1Clusters);
+        freeMetadata(image, table.cluster, table.clusters);
+      };
+      settle(image);
+      await changeReferences(image, { tables, others: [], delta: 1, progress: (part) => progress(part * 0.6) });
+      const freeTables = undo;
+      undo = async () => {
+        await unshare(image, tables, l1Entries);
+        await freeTables();
+      };
+      image.file.flush();
+      await clearCopied(image, tables, (part) => progress(0.6 + part * 0.4));
+      shareL1(image, l1Entries);
+      storeActiveL1(image, l1Entries);
+      image.file.flush();
+      switchTable(image, list, next, table);
+      return entry;
+    } catch (error) {
+      // If this fails as well, the dirty bit stays: the next opener counts anew.
+      await undo();
+      settle(image);
+      throw error;
+    }
+  });
+}
+
+/** Take the references of a snapshot back that did not come to be. */
+async function unshare(image: Image, tables: readonly number[], l1Entries: number): Promise<void> {
+  const single = new ClusterSet(countedClusters(image));
+  const progress = (): void => {};
+  await changeReferences(image, { tables, others: [], delta: -1, progress, single });
+  image.file.flush();
+  await setCopied(image, tables, single, progress);
+  ownL1(image, tables, single);
+  storeActiveL1(image, l1Entries);
+}
+
+/** What can be known before anything is touched. */
+function checkPossible(image: Image, list: SnapshotList): void {
+  const { path } = image.file;
+  if (image.geometry.externalData) {
+    throw new FsError(
+      'ENOTSUP',
+      `${path} keeps its data in an external data file, which the format has no snapshots for`,
+    );
+  }
+  if (maxRefcount(image.geometry.refcountOrder) < 2) {
+    throw new FsError(
+      'ENOTSUP',
+      `${path} has refcounts of 1 bit, so that no cluster can be shared with a checkpoint; copy the disk to an image with 16 bits (qemu-img convert -O qcow2)`,
+    );
+  }
+  if (list.entries.length >= limits.SNAPSHOTS) {
+    throw new FsError(
+      'ENOSPC',
+      `${path} has ${limits.SNAPSHOTS} checkpoints, the most the format allows; delete one first`,
+    );
+  }
+}
+
+/**
+ * Delete a snapshot: its clusters are free when nothing else refers to them.
+ * @throws FsError; a failure before the header is switched changes nothing
+ */
+export async function deleteSnapshot(
+  image: Image,
+  list: SnapshotList,
+  entry: SnapshotEntry,
+  progress: Progress,
+): Promise<void> {
+  const { clusterBytes } = image.geometry;
+  await still(image, async () => {
+    const snapshotL1 = readSnapshotL1(image, entry);
+    const next = list.entries.filter((other) => other !== entry);
+    const table = next.length === 0 ? undefined : writeTable(image, next);
+    settle(image);
+    switchTable(image, list, next, table);
+    settle(image);
+
+    const single = new ClusterSet(countedClusters(image));
+    await dropReferences(
+      image,
+      l2Tables(snapshotL1.view, snapshotL1.entries),
+      { first: entry.l1TableOffset / clusterBytes, count: Math.ceil((entry.l1Entries * 8) / clusterBytes) },
+      (part) => progress(part * 0.7),
+      single,
+    );
+    const l1Entries = image.numbers[number.L1_ENTRIES] as number;
+    const active = l2Tables(image.l1, l1Entries);
+    await setCopied(image, active, single, (part) => progress(0.7 + part * 0.3));
+    ownL1(image, active, single);
+    storeActiveL1(image, l1Entries);
+    image.file.flush();
+  });
+}
+
+/** Rename: a new snapshot table, nothing else. */
+export async function renameSnapshot(
+  image: Image,
+  list: SnapshotList,
+  entry: SnapshotEntry,
+  name: string,
+): Promise<SnapshotEntry> {
+  const renamed = renamedEntry(entry, name);
+  await still(image, async () => {
+    const next = list.entries.map((other) => (other === entry ? renamed : other));
+    const table = writeTable(image, next);
+    settle(image);
+    switchTable(image, list, next, table);
+  });
+  return renamed;
+}
+
+/**
+ * Make the live contents, and the disk's size, those of a snapshot. The new L1 table is in fresh clusters; the header
+ * switches size and table at once.
+ */
+export async function applySnapshot(image: Image, entry: SnapshotEntry, progress: Progress): Promise<void> {
+  const { clusterBytes } = image.geometry;
+  await still(image, async () => {
+    const { numbers } = image;
+    const snapshotL1 = readSnapshotL1(image, entry);
+    const l1Entries = Math.min(snapshotL1.entries, Math.max(1, l1EntriesForSize(image, entry.virtualSize)));
+    const after = l2Tables(snapshotL1.view, l1Entries);
+    const oldEntries = numbers[number.L1_ENTRIES] as number;
+    const oldOffset = numbers[number.L1_OFFSET] as number;
+    const before = l2Tables(image.l1, oldEntries);
+    // Tables that both have keep their counts.
+    const added = after.map((table, index) => (before[index] === table ? 0 : table));
+    const dropped = before.map((table, index) => (after[index] === table ? 0 : table));
+
+    const l1Clusters = Math.max(1, Math.ceil((l1Entries * 8) / clusterBytes));
+    const l1Cluster = allocateMetadata(image, l1Clusters);
+    const l1 = new Uint8Array(l1Entries * 8);
+    const l1View = new DataView(l1.buffer);
+    for (const [index, table] of after.entries()) l1View.setBigUint64(index * 8, BigInt(table));
+    try {
+      writePadded(image, l1, l1Cluster);
+      settle(image);
+      await changeReferences(image, { tables: added, others: [], delta: 1, progress: (part) => progress(part * 0.4) });
+      image.file.flush();
+    } catch (error) {
+      freeMetadata(image, l1Cluster, l1Clusters);
+      throw error;
+    }
+    await clearCopied(image, added, (part) => progress(0.4 + part * 0.2));
+    image.file.flush();
+    writeDisk(image.file, entry.virtualSize, l1Entries, l1Cluster * clusterBytes);
+    image.file.flush();
+
+    image.lock();
+    const epoch = Atomics.add(image.words, word.EPOCH, 1);
+    new Uint8Array(image.l1.buffer, image.l1.byteOffset, oldEntries * 8).fill(0);
+    new Uint8Array(image.l1.buffer, image.l1.byteOffset).set(l1);
+    numbers[number.L1_OFFSET] = l1Cluster * clusterBytes;
+    numbers[number.L1_ENTRIES] = l1Entries;
+    numbers[number.VIRTUAL_SIZE] = entry.virtualSize;
+    for (const table of after) if (table !== 0) image.setMetadata(table / clusterBytes, 1, true);
+    image.unlock();
+    waitForEarlierReads(image, epoch);
+
+    await dropReferences(
+      image,
+      dropped,
+      { first: oldOffset / clusterBytes, count: Math.ceil((oldEntries * 8) / clusterBytes) },
+      (part) => progress(0.6 + part * 0.4),
+      undefined,
+    );
+    settle(image);
+    numbers[number.DATA_CLUSTERS] = dataClusters(image);
+  });
+}
+
+/** Run `action` on a still image: no writes, everything flushed, caches empty of changes before and after. */
+export async function still<T>(image: Image, action: () => Promise<T>): Promise<T> {
+  image.checkUsable();
+  closeGate(image);
+  try {
+    beforeData(image);
+    flush(image);
+    image.lock();
+    try {
+      beforeMetadata(image);
+    } finally {
+      image.unlock();
+    }
+    const result = await action();
+    settle(image);
+    return result;
+  } finally {
+    openGate(image);
+  }
+}
+
+/** Everything in the caches goes to the file, and nothing stays in them: the file may be changed directly. */
+function settle(image: Image): void {
+  flush(image);
+  image.lock();
+  try {
+    image.l2.dropAll();
+    image.refcounts.dropAll();
+  } finally {
+    image.unlock();
+  }
+}
+
+export function allocateMetadata(image: Image, clusters: number): number {
+  image.lock();
+  try {
+    return allocateTable(image, clusters);
+  } finally {
+    image.unlock();
+  }
+}
+
+export function freeMetadata(image: Image, first: number, clusters: number): void {
+  image.lock();
+  try {
+    unlink(image, first, clusters);
+  } finally {
+    image.unlock();
+  }
+}
+
+/** Write a table to its clusters, the rest of the last one zeros. */
+export function writePadded(image: Image, table: Uint8Array, cluster: number): void {
+  const { clusterBytes } = image.geometry;
+  const padded = new Uint8Array(Math.max(1, Math.ceil(table.length / clusterBytes)) * clusterBytes);
+  padded.set(table);
+  image.file.write(padded, 0, padded.length, cluster * clusterBytes);
+}
+
+interface NewTable {
+  readonly cluster: number;
+  readonly clusters: number;
+  readonly bytes: number;
+}
+
+function writeTable(image: Image, entries: readonly SnapshotEntry[]): NewTable {
+  const bytes = encodeSnapshotTable(entries);
+  if (bytes.length > MAX_SNAPSHOT_TABLE_BYTES) {
+    throw new FsError(
+      'ENOSPC',
+      `${image.file.path}: the snapshot table would be larger than 64 MiB; delete a checkpoint first`,
+    );
+  }
+  const clusters = Math.ceil(bytes.length / image.geometry.clusterBytes);
+  const cluster = allocateMetadata(image, clusters);
+  writePadded(image, bytes, cluster);
+  return { cluster, clusters, bytes: bytes.length };
+}
+
+/** The commit point of every change of the list; everything that the new table needs is durable by then. */
+function switchTable(
+  image: Image,
+  list: SnapshotList,
+  entries: readonly SnapshotEntry[],
+  table: NewTable | undefined,
+): void {
+  const { clusterBytes } = image.geometry;
+  const offset = table === undefined ? 0 : table.cluster * clusterBytes;
+  writeSnapshotTablePosition(image.file, entries.length, offset);
+  image.file.flush();
+  if (list.tableOffset !== 0) {
+    freeMetadata(image, list.tableOffset / clusterBytes, Math.ceil(list.tableBytes / clusterBytes));
+  }
+  list.entries = entries;
+  list.tableOffset = offset;
+  list.tableBytes = table?.bytes ?? 0;
+}
+
+/** QEMU numbers snapshots: one more than the largest number that is an ID. */
+function nextId(entries: readonly SnapshotEntry[]): string {
+  let highest = 0;
+  for (const { id } of entries) {
+    if (/^\d{1,15}$/.test(id)) highest = Math.max(highest, Number(id));
+  }
+  return String(highest + 1);
+}
+
+/** A copy of the active L1 table, with or without COPIED. */
+function activeL1(image: Image, entries: number, copied: boolean): Uint8Array {
+  const bytes = new Uint8Array(image.l1.buffer, image.l1.byteOffset, entries * 8).slice();
+  if (!copied) for (let at = 0; at < bytes.length; at += 8) bytes[at] = (bytes[at] as number) & 0x7f;
+  return bytes;
+}
+
+/** After `changeReferences` raised everything: no L2 table is the active mapping's own. */
+function shareL1(image: Image, entries: number): void {
+  image.lock();
+  for (let index = 0; index < entries; index++) {
+    image.l1.setUint32(index * 8, (image.l1.getUint32(index * 8) & ~COPIED) >>> 0);
+  }
+  image.unlock();
+}
+
+/** L2 tables with a refcount of one are the active mapping's own again. */
+function ownL1(image: Image, tables: readonly number[], single: ClusterSet): void {
+  image.lock();
+  for (const [index, table] of tables.entries()) {
+    if (table === 0 || !single.has(table / image.geometry.clusterBytes)) continue;
+    image.l1.setUint32(index * 8, (image.l1.getUint32(index * 8) | COPIED) >>> 0);
+  }
+  image.unlock();
+}
+
+/** Write the active L1 table, as it is in memory, to its place. */
+function storeActiveL1(image: Image, entries: number): void {
+  const bytes = activeL1(image, entries, true);
+  if (bytes.length > 0) image.file.write(bytes, 0, bytes.length, image.numbers[number.L1_OFFSET] as number);
+}
+
+/** Lower everything that a mapping refers to, and its L1 table; give the host back what nobody uses. */
+async function dropReferences(
+  image: Image,
+  tables: readonly number[],
+  l1: { readonly first: number; readonly count: number },
+  progress: Progress,
+  single: ClusterSet | undefined,
+): Promise<void> {
+  const { clusterBytes } = image.geometry;
+  let canPunch = true;
+  let lowest = Number.MAX_SAFE_INTEGER;
+  let last = { first: 0, count: 0 };
+  await changeReferences(image, {
+    tables,
+    others: l1.count === 0 ? [] : [l1],
+    delta: -1,
+    progress,
+    ...(single === undefined ? {} : { single }),
+    freed: (first, count) => {
+      canPunch = canPunch && image.file.punch(first * clusterBytes, count * clusterBytes);
+      image.setMetadata(first, count, false);
+      lowest = Math.min(lowest, first);
+      last = { first, count };
+    },
+  });
+  image.file.flush();
+  image.lock();
+  try {
+    image.numbers[number.FREE_HINT] = Math.min(image.numbers[number.FREE_HINT] as number, lowest);
+    if (last.count > 0) truncateTail(image, [last]);
+  } finally {
+    image.unlock();
+  }
+}
