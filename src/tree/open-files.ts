@@ -32,29 +32,30 @@ export class OpenFiles {
   }
 
   /** Enter an opened file; call the result once, when it is released. @throws FsError EBUSY, ENOENT */
-  async add(record: OpenRecord): Promise<() => void> {
-    if (record.writes !== undefined) {
-      const others = await this.#settled(() => this.#overlapping(record));
-      // Checked without a pause before the entry below: two openers cannot both pass.
-      if (this.#exclusive !== undefined) {
-        throw new FsError('EBUSY', `${record.label} cannot be opened for writing while ${this.#exclusive} runs.`);
-      }
-      if (others.length > 0) {
-        throw new FsError(
-          'EBUSY',
-          `${record.label} cannot be opened for writing: ${quoted(others)} is open for writing and shows some of the same bytes; close it first.`,
-        );
-      }
-    }
-    const checkpoint = record.checkpoint();
-    if (checkpoint !== undefined && this.#ending.has(checkpoint)) {
-      throw new FsError('EBUSY', `${record.label} cannot be opened: its checkpoint is being deleted.`);
-    }
-    this.#open.add(record);
-    return () => {
-      this.#open.delete(record);
-      for (const wake of [...this.#waiting]) wake();
-    };
+  add(record: OpenRecord): Promise<() => void> {
+    return this.#whenClear(
+      () => this.#overlapping(record),
+      (others) => {
+        if (record.writes !== undefined && this.#exclusive !== undefined) {
+          throw new FsError('EBUSY', `${record.label} cannot be opened for writing while ${this.#exclusive} runs.`);
+        }
+        if (others.length > 0) {
+          throw new FsError(
+            'EBUSY',
+            `${record.label} cannot be opened for writing: ${quoted(others)} is open for writing and shows some of the same bytes; close it first.`,
+          );
+        }
+        const checkpoint = record.checkpoint();
+        if (checkpoint !== undefined && this.#ending.has(checkpoint)) {
+          throw new FsError('EBUSY', `${record.label} cannot be opened: its checkpoint is being deleted.`);
+        }
+        this.#open.add(record);
+        return () => {
+          this.#open.delete(record);
+          for (const wake of [...this.#waiting]) wake();
+        };
+      },
+    );
   }
 
   /**
@@ -62,11 +63,15 @@ export class OpenFiles {
    * @throws FsError EBUSY while a file of it is open, naming the files
    */
   async whileUnopened<T>(checkpoint: Checkpoint, work: () => Promise<T>): Promise<T> {
-    const open = await this.#settled(() => [...this.#open].filter((record) => record.checkpoint() === checkpoint));
-    if (open.length > 0) {
-      throw new FsError('EBUSY', `Checkpoint ${JSON.stringify(checkpoint.name)} is in use: ${quoted(open)} is open.`);
-    }
-    this.#ending.add(checkpoint);
+    await this.#whenClear(
+      () => [...this.#open].filter((record) => record.checkpoint() === checkpoint),
+      (open) => {
+        const name = JSON.stringify(checkpoint.name);
+        if (open.length > 0) throw new FsError('EBUSY', `Checkpoint ${name} is in use: ${quoted(open)} is open.`);
+        if (this.#ending.has(checkpoint)) throw new FsError('EBUSY', `Checkpoint ${name} is being deleted already.`);
+        this.#ending.add(checkpoint);
+      },
+    );
     try {
       return await work();
     } finally {
@@ -79,15 +84,19 @@ export class OpenFiles {
    * @throws FsError EBUSY while someone has, naming the files
    */
   async exclusively<T>(what: string, work: () => Promise<T>): Promise<T> {
-    const open = await this.#settled(() => this.writers());
-    if (this.#exclusive !== undefined) throw new FsError('EBUSY', `${what} has to wait: ${this.#exclusive} runs.`);
-    if (open.length > 0) {
-      throw new FsError(
-        'EBUSY',
-        `${what} is not possible while the disk is in use: ${quoted(open)} is open for writing; stop the guest or detach the disk first.`,
-      );
-    }
-    this.#exclusive = what;
+    await this.#whenClear(
+      () => this.writers(),
+      (open) => {
+        if (this.#exclusive !== undefined) throw new FsError('EBUSY', `${what} has to wait: ${this.#exclusive} runs.`);
+        if (open.length > 0) {
+          throw new FsError(
+            'EBUSY',
+            `${what} is not possible while the disk is in use: ${quoted(open)} is open for writing; stop the guest or detach the disk first.`,
+          );
+        }
+        this.#exclusive = what;
+      },
+    );
     try {
       return await work();
     } finally {
@@ -111,20 +120,23 @@ export class OpenFiles {
     );
   }
 
-  /** What is in the way: the empty list as soon as nothing is, else what still is when the grace is over. */
-  async #settled<T>(obstacles: () => readonly T[]): Promise<readonly T[]> {
+  /**
+   * Call `act` as soon as nothing is in the way, or with what still is when the grace is over. Between the last look
+   * and `act` nothing else runs: of two that wait for the same, one finds the other.
+   */
+  async #whenClear<T, R>(obstacles: () => readonly T[], act: (left: readonly T[]) => R): Promise<R> {
     const deadline = performance.now() + this.#releaseGraceMs;
     for (;;) {
       const found = obstacles();
-      const left = deadline - performance.now();
-      if (found.length === 0 || left <= 0) return found;
+      const leftMs = deadline - performance.now();
+      if (found.length === 0 || leftMs <= 0) return act(found);
       await new Promise<void>((resolve) => {
         const wake = () => {
           clearTimeout(timer);
           this.#waiting.delete(wake);
           resolve();
         };
-        const timer = setTimeout(wake, left);
+        const timer = setTimeout(wake, leftMs);
         this.#waiting.add(wake);
       });
     }
