@@ -1,7 +1,7 @@
 /** The commands of `control` (INTERFACE.md section 3): one table, from which help is printed too. */
 import { FsError } from '../errors.ts';
 import { nameAndOptions, splitCommand, splitWords } from './command-line.ts';
-import type { MountedDisk } from './mounted-disk.ts';
+import { done, type MountedDisk } from './mounted-disk.ts';
 
 interface Command {
   readonly name: string;
@@ -22,8 +22,8 @@ const commands: readonly Command[] = [
     usage: 'NAME [--no-memory]',
     help: 'take one, as mkdir snapshots/NAME does',
     run: async (mounted, rest) => {
-      const checkpoint = await mounted.take(nameIn('checkpoint', rest, [NO_MEMORY]).name);
-      return `checkpoint ${JSON.stringify(checkpoint.name)} taken, ID ${checkpoint.id}`;
+      const { name } = nameIn('checkpoint', rest, [NO_MEMORY]);
+      return done.taken(await mounted.take(name));
     },
   },
   {
@@ -33,7 +33,7 @@ const commands: readonly Command[] = [
     run: async (mounted, rest) => {
       const checkpoint = mounted.find(nameIn('del-checkpoint', rest).name);
       await mounted.delete(checkpoint);
-      return `checkpoint ${JSON.stringify(checkpoint.name)} deleted`;
+      return done.deleted(checkpoint);
     },
   },
   {
@@ -59,8 +59,7 @@ const commands: readonly Command[] = [
     run: async (mounted, rest) => {
       const [old, renamed, ...more] = splitWords(rest);
       if (old === undefined || renamed === undefined || more.length > 0) throw wrongUsage('rename');
-      const checkpoint = await mounted.rename(mounted.find(old), renamed);
-      return `checkpoint ${JSON.stringify(old)} is now ${JSON.stringify(checkpoint.name)}`;
+      return done.renamed(old, await mounted.rename(mounted.find(old), renamed));
     },
   },
   {

@@ -94,7 +94,7 @@ class OpenControl implements OpenFile {
       throw this.#mounted.report(new FsError('EINVAL', `A command has at most ${COMMAND_BYTES} bytes.`));
     }
     try {
-      return new TextDecoder('utf-8', { fatal: true }).decode(data);
+      return new TextDecoder('utf-8', { fatal: true, ignoreBOM: true }).decode(data);
     } catch (cause) {
       throw this.#mounted.report(new FsError('EINVAL', 'A command is written in UTF-8.', { cause }));
     }

@@ -13,6 +13,13 @@ const log = debug('vdskfs:tree');
 
 const quote = (name: string): string => JSON.stringify(name);
 
+/** What `control` answers to what was done to a checkpoint, by a command or by a call on its directory. */
+export const done = {
+  taken: ({ name, id }: Checkpoint): string => `checkpoint ${quote(name)} taken, ID ${id}`,
+  deleted: ({ name }: Checkpoint): string => `checkpoint ${quote(name)} deleted`,
+  renamed: (old: string, { name }: Checkpoint): string => `checkpoint ${quote(old)} is now ${quote(name)}`,
+};
+
 export class MountedDisk {
   readonly disk: Disk;
   readonly threads: DataThreads;

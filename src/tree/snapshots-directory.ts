@@ -3,7 +3,7 @@ import type { Checkpoint } from '../disk/disk.ts';
 import { FsError } from '../errors.ts';
 import type { Attributes, Caller, DirectoryEntry, DirectoryNode, Node } from '../fuse/filesystem.ts';
 import { CheckpointDirectory } from './checkpoint-directory.ts';
-import type { MountedDisk } from './mounted-disk.ts';
+import { done, type MountedDisk } from './mounted-disk.ts';
 import { Directory, directoryAttributes, type InodeNumbers } from './node.ts';
 
 /** What stays the same when a checkpoint is renamed. An ID alone is given again after its snapshot was deleted. */
@@ -50,7 +50,7 @@ export class SnapshotsDirectory extends Directory {
     let taken: Checkpoint | undefined;
     await this.#mounted.answer(async () => {
       taken = await this.#mounted.take(name);
-      return `checkpoint ${JSON.stringify(taken.name)} taken, ID ${taken.id}`;
+      return done.taken(taken);
     });
     this.refresh();
     this.#read();
@@ -59,8 +59,9 @@ export class SnapshotsDirectory extends Directory {
 
   override async removeDirectory(name: string, _caller: Caller): Promise<void> {
     await this.#mounted.answer(async () => {
-      await this.#mounted.delete(this.#named(name));
-      return `checkpoint ${JSON.stringify(name)} deleted`;
+      const checkpoint = this.#named(name);
+      await this.#mounted.delete(checkpoint);
+      return done.deleted(checkpoint);
     });
     this.refresh();
   }
@@ -77,8 +78,7 @@ export class SnapshotsDirectory extends Directory {
       if (target !== this) {
         throw new FsError('EPERM', `Checkpoint ${JSON.stringify(name)} cannot leave ${this.place.path()}.`);
       }
-      await this.#mounted.rename(checkpoint, newName);
-      return `checkpoint ${JSON.stringify(name)} is now ${JSON.stringify(newName)}`;
+      return done.renamed(name, await this.#mounted.rename(checkpoint, newName));
     });
     this.refresh();
   }
