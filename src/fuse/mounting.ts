@@ -9,7 +9,7 @@ import { codeOf, fsErrorFrom } from '../os/errno.ts';
 import { systemCalls } from '../os/system-calls.ts';
 import type { MountOptions } from './driver.ts';
 import { freebsdMount, fusermountMount, linuxMount, unmountCommand, type Way } from './mount-command.ts';
-import { canonical, findStaleMount, type MountEntry } from './mount-list.ts';
+import { canonical, findStaleMount, type MountEntry, mountAt } from './mount-list.ts';
 import { usersOf } from './open-files.ts';
 import { type Command, type CommandResult, runCommand } from './run-command.ts';
 
@@ -112,6 +112,8 @@ async function mountBy(command: Command, mountpoint: string): Promise<void> {
  */
 export async function unmountDevice(way: Way, mountpoint: string): Promise<void> {
   const path = await canonical(mountpoint);
+  // Never what lies below: the directory may be the root of another file system.
+  if (!(await mountAt(path))?.type.includes('fuse')) return;
   const command = unmountCommand(way, path, false);
   const { status, complaint } = await run(command, `cannot unmount '${mountpoint}'`);
   if (status === 0 || /not mounted|not found/i.test(complaint)) return;
