@@ -90,8 +90,16 @@ async function eachTable(
   }
 }
 
+/** Host cluster of an entry that is not compressed. */
+const clusterOf = (high: number, low: number, clusterBits: number, highUnit: number): number =>
+  (high & 0x00ff_ffff) * highUnit + (low >>> clusterBits);
+
+/** Clusters that 2^32 bytes have: what one in the high half stands for. Raised to the power once, not per entry. */
+const highUnitOf = (clusterBits: number): number => 2 ** (32 - clusterBits);
+
 function countTable(image: Image, view: DataView, counts: Counts): void {
   const { clusterBytes, clusterBits, l2EntryBytes, externalData } = image.geometry;
+  const highUnit = highUnitOf(clusterBits);
   for (let at = 0; at < clusterBytes; at += l2EntryBytes) {
     const high = view.getUint32(at);
     const low = view.getUint32(at + 4);
@@ -101,8 +109,9 @@ function countTable(image: Image, view: DataView, counts: Counts): void {
       const last = Math.floor((host + compressedBytes(high, low, clusterBits) - 1) / clusterBytes);
       for (let cluster = Math.floor(host / clusterBytes); cluster <= last; cluster++) counts.add(cluster);
     } else if (!externalData) {
-      const host = hostOf(high, low);
-      if (host !== 0) counts.add(Math.floor(host / clusterBytes));
+      const cluster = clusterOf(high, low, clusterBits, highUnit);
+      // Cluster 0 is the header: an entry with flags only has no host cluster.
+      if (cluster !== 0) counts.add(cluster);
     }
   }
 }
@@ -136,6 +145,7 @@ export interface ReferenceChange {
 export async function changeReferences(image: Image, change: ReferenceChange): Promise<void> {
   const total = countedClusters(image);
   const windows = Math.max(1, Math.ceil(total / WINDOW_CLUSTERS));
+  // Only what one window changed can be taken back.
   const passes = change.delta === 1 && windows > 1 ? ['check', 'change'] : ['change'];
   let step = 0;
   for (const pass of passes) {
@@ -159,7 +169,10 @@ export async function changeReferences(image: Image, change: ReferenceChange): P
           return false;
         },
       );
-      if (change.delta === 1) await eachCount(image, counts, 1, undefined, counts.end);
+      // Wide counts hardly ever overflow: there, taking back what was raised is enough.
+      if (change.delta === 1 && (pass === 'check' || image.geometry.refcountOrder < 4)) {
+        await eachCount(image, counts, 1, undefined, counts.end);
+      }
       if (pass === 'change') await applyCounts(image, counts, change);
       step++;
     }
@@ -206,6 +219,22 @@ async function eachCount(
     }
     let freedFrom = -1;
     for (let cluster = first; cluster < blockEnd; cluster++) {
+      if (refcountOrder === 4 && freedFrom < 0 && change !== undefined) {
+        const index = cluster - counts.first;
+        const blockAt = (cluster % refcountsPerBlock) * 2;
+        const plain = changePlain(
+          block,
+          blockAt,
+          counts.bytes,
+          index,
+          blockEnd - cluster,
+          delta,
+          change.single,
+          cluster,
+        );
+        cluster += plain;
+        if (cluster === blockEnd) break;
+      }
       const references = counts.at(cluster - counts.first);
       if (references === 0) {
         if (freedFrom >= 0) change?.freed?.(freedFrom, cluster - freedFrom);
@@ -245,6 +274,35 @@ async function eachCount(
       await giveWay();
     }
   }
+}
+
+/**
+ * The common case in a loop of its own, a tenth of the time: 16-bit counts that neither end at 0 nor are wrong, clusters
+ * with fewer than 255 references. Stops at the first entry that is anything else.
+ * @returns entries done
+ */
+function changePlain(
+  block: Uint8Array,
+  blockAt: number,
+  references: Uint8Array,
+  index: number,
+  length: number,
+  delta: 1 | -1,
+  single: ClusterSet | undefined,
+  cluster: number,
+): number {
+  for (let done = 0; done < length; done++) {
+    const added = references[index + done] as number;
+    if (added === 0) continue;
+    const at = blockAt + done * 2;
+    const before = ((block[at] as number) << 8) | (block[at + 1] as number);
+    const after = before + delta * added;
+    if (added === 255 || before === 0 || after <= 0 || after > 0xffff) return done;
+    block[at] = after >>> 8;
+    block[at + 1] = after;
+    if (after === 1 && single !== undefined) single.add(cluster + done);
+  }
+  return length;
 }
 
 function isAllZero(bytes: Uint8Array, from: number, to: number): boolean {
@@ -296,14 +354,15 @@ export async function setCopied(
   single: ClusterSet,
   progress: Progress,
 ): Promise<void> {
-  const { clusterBytes, l2EntryBytes } = image.geometry;
+  const { clusterBytes, clusterBits, l2EntryBytes } = image.geometry;
+  const highUnit = highUnitOf(clusterBits);
   await eachTable(image, tables, progress, (table, view) => {
     let changed = false;
     for (let at = 0; at < clusterBytes; at += l2EntryBytes) {
       const high = view.getUint32(at);
-      if (high >>> 30 !== 0) continue;
-      const host = hostOf(high, view.getUint32(at + 4));
-      if (host === 0 || !single.has(host / clusterBytes)) continue;
+      const low = view.getUint32(at + 4);
+      if (high >>> 30 !== 0 || (high | low) === 0) continue;
+      if (!single.has(clusterOf(high, low, clusterBits, highUnit))) continue;
       table[at] = (table[at] as number) | 0x80;
       changed = true;
     }
