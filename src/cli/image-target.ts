@@ -3,10 +3,11 @@ import type { Checkpoint, Disk } from '../disk/disk.ts';
 import { FsError } from '../errors.ts';
 import { servedImage } from './state.ts';
 import type { Target } from './target.ts';
+import { uninterrupted } from './uninterrupted.ts';
 
 /** Open the image for writing, run `action`, close it. */
 export function withImage(path: string, action: (target: Target) => Promise<void>): Promise<void> {
-  return untilDone(() =>
+  return uninterrupted(() =>
     withDisk(path, { readOnly: false }, (disk) => {
       if (disk.readOnly !== undefined) {
         throw new FsError('EROFS', `${path}: cannot be changed: ${disk.readOnly}`);
@@ -80,21 +81,4 @@ export function findCheckpoint(disk: Pick<Disk, 'imagePath' | 'checkpoints'>, na
   if (found !== undefined) return found;
   const hint = all.length === 0 ? 'it has none' : '`vdskfs ls` lists them';
   throw new FsError('ENOENT', `${disk.imagePath}: no checkpoint is named ${JSON.stringify(name)}; ${hint}`);
-}
-
-/**
- * Ctrl-C must not leave a change half done: while one runs, SIGINT and SIGTERM are noted and it goes on to its end,
- * which is near. A kill that cannot be held back leaves what a power failure would: nothing the next open cannot mend.
- */
-async function untilDone<T>(action: () => Promise<T>): Promise<T> {
-  const hold = (): void => {
-    if (process.stderr.isTTY) process.stderr.write('vdskfs: finishing the change first\n');
-  };
-  const signals = ['SIGINT', 'SIGTERM', 'SIGHUP'] as const;
-  for (const signal of signals) process.on(signal, hold);
-  try {
-    return await action();
-  } finally {
-    for (const signal of signals) process.off(signal, hold);
-  }
 }

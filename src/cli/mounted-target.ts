@@ -1,8 +1,10 @@
 /**
- * A disk of a running mount. All goes through the mounted file system, so the serving process does the work; the
- * sentence that explains a failure is read from the disk's `control` (INTERFACE.md, section 3).
+ * A disk of a running mount: the serving process does the work. Commands go through the disk's `control`
+ * (INTERFACE.md, section 3), and the sentence that explains a failure is read through the same descriptor, so it is
+ * ours. mkdir and rmdir do the same, but the kernel refuses some of them without asking the server, which leaves an
+ * older sentence in `control`.
  */
-import { closeSync, mkdirSync, openSync, readFileSync, renameSync, rmdirSync, writeSync } from 'node:fs';
+import { closeSync, openSync, readFileSync, writeSync } from 'node:fs';
 import { join } from 'node:path';
 import { validateNewName } from '../disk/checkpoint-name.ts';
 import { type Errno, FsError } from '../errors.ts';
@@ -11,22 +13,21 @@ import type { Target } from './target.ts';
 /** `directory`: absolute path of the disk's directory. */
 export function mountedTarget(directory: string): Target {
   const control = join(directory, 'control');
-  const checkpoint = (name: string): string => {
-    validateNewName(name); // `..` or a slash would lead out of snapshots/
-    return join(directory, 'snapshots', name);
-  };
+  const named = (...names: readonly string[]): string => names.map(quoted).join(' ');
   return {
     async takeCheckpoint(name) {
-      explained(control, () => mkdirSync(checkpoint(name)));
+      validateNewName(name);
+      command(control, `checkpoint ${named(name)}`);
     },
     async deleteCheckpoint(name) {
-      explained(control, () => rmdirSync(checkpoint(name)));
+      command(control, `del-checkpoint ${named(name)}`);
     },
     async renameCheckpoint(oldName, newName) {
-      explained(control, () => renameSync(checkpoint(oldName), checkpoint(newName)));
+      validateNewName(newName);
+      command(control, `rename ${named(oldName, newName)}`);
     },
     async rollback(name) {
-      command(control, `rollback ${quoted(name)}`);
+      command(control, `rollback ${named(name)}`);
     },
     async resize(bytes, { shrink }) {
       command(control, `resize ${bytes}${shrink ? ' --shrink' : ''}`);
@@ -37,33 +38,24 @@ export function mountedTarget(directory: string): Target {
 /** As one word of `control`, whatever is in it. */
 const quoted = (name: string): string => `"${name.replaceAll(/["\\]/g, '\\$&')}"`;
 
-/** Run one system call on the tree; its failure gets the sentence that `control` has for it. */
-function explained(control: string, call: () => void): void {
-  try {
-    call();
-  } catch (error) {
-    throw withAnswer(error, () => readFileSync(control, 'utf8'));
-  }
-}
-
-/** Write one command to `control`; the answer is read through the same descriptor, so it is ours and no one else's. */
+/** Write one command. @throws FsError with the answer of `control` */
 function command(control: string, words: string): void {
   const fd = openSync(control, 'r+');
   try {
     writeSync(fd, `${words}\n`);
   } catch (error) {
-    throw withAnswer(error, () => readFileSync(fd, 'utf8'));
+    throw withAnswer(error, fd);
   } finally {
     closeSync(fd);
   }
 }
 
-function withAnswer(error: unknown, read: () => string): unknown {
+function withAnswer(error: unknown, fd: number): unknown {
   const code = (error as NodeJS.ErrnoException).code;
-  if (error instanceof FsError || code === undefined) return error;
+  if (code === undefined) return error;
   let answer: string;
   try {
-    answer = read().trim();
+    answer = readFileSync(fd, 'utf8').trim();
   } catch {
     return error; // the server is gone: the call's own error says more
   }

@@ -5,10 +5,12 @@ import type { Disk } from '../disk/disk.ts';
 import { openDisk } from '../disk/open-disk.ts';
 import { FsError } from '../errors.ts';
 import type { Driver, Mounted } from '../fuse/driver.ts';
+import { unmountCommand } from '../fuse/mount-command.ts';
 import { mountAt } from '../fuse/mount-list.ts';
-import { clearStaleMount } from '../fuse/mounting.ts';
+import { mountingWay } from '../fuse/mounting.ts';
 import { usersOf } from '../fuse/open-files.ts';
-import { createTree } from '../tree/tree.ts';
+import { runCommand } from '../fuse/run-command.ts';
+import { createTree, type Tree } from '../tree/tree.ts';
 import type { DriverName } from './driver-name.ts';
 import { exitStatus, sentenceOf } from './failure.ts';
 import { withMountOf } from './image-target.ts';
@@ -45,25 +47,28 @@ export async function serve(options: ServeOptions): Promise<void> {
   const images = imagesToMount(options.sources);
   const mountpoint = await prepareMountpoint(options.mountpoint, options);
   const disks: Disk[] = [];
+  let tree: Tree | undefined;
   let mounted: Mounted;
   try {
     for (const image of images) {
       refuseIfStopped(signals);
       disks.push(await openImage(image, options));
     }
-    mounted = await mountTree(disks, mountpoint, options);
+    tree = createTree(disks);
+    mounted = await mountTree(tree, disks, mountpoint, options);
   } catch (error) {
+    tree?.close();
     for (const disk of disks) await disk.close().catch(() => {});
     throw error;
   }
   const state = describeServer(disks, mountpoint, options);
   writeState(state);
-  const device = (await mountAt(mountpoint))?.device;
-  signals.listen((count) => void endAsWished(count, mounted, { mountpoint, device }));
+  signals.listen((count) => void endAsWished(count, mounted, mountpoint));
   await announce({ kind: 'ready', mountpoint });
   options.onReady(mountpoint);
 
   await mounted.ended;
+  tree.close();
   await closeAll(disks, state);
 }
 
@@ -79,11 +84,16 @@ async function openImage(image: string, { readOnly, cacheBytes }: ServeOptions):
   }
 }
 
-async function mountTree(disks: readonly Disk[], mountpoint: string, options: ServeOptions): Promise<Mounted> {
+async function mountTree(
+  tree: Tree,
+  disks: readonly Disk[],
+  mountpoint: string,
+  options: ServeOptions,
+): Promise<Mounted> {
   const driver = await loadDriver(options.driver);
   const source = disks.length === 1 ? disks[0]!.imagePath : `${disks.length} disks`;
   const { readOnly, allowOther, threads } = options;
-  return driver(createTree(disks, {}), { mountpoint, source, readOnly, allowOther, threads });
+  return driver(tree, { mountpoint, source, readOnly, allowOther, threads });
 }
 
 /** Loaded when it is asked for: fuse-native is an optional package, and opens a library of the system. */
@@ -117,35 +127,35 @@ function announce(message: ServerMessage): Promise<void> {
 }
 
 /**
- * The first wish unmounts, which the kernel refuses while something is open. The second detaches the mount from the
- * tree: what is open is served on to its end. The third cuts that off, too; all that was written stays written.
+ * The first wish unmounts, which the kernel refuses while something is open. Any other cuts off whoever has something
+ * open: what was written stays written, and the disks are closed as always.
  */
-async function endAsWished(
-  count: number,
-  mounted: Mounted,
-  mount: { readonly mountpoint: string; readonly device: string | undefined },
-): Promise<void> {
+async function endAsWished(count: number, mounted: Mounted, mountpoint: string): Promise<void> {
   try {
     if (count === 1) {
       await mounted.unmount();
-    } else if (count === 2) {
-      const users = await usersOf(mount.mountpoint);
-      await clearStaleMount(mount);
-      if (users !== '') say(`${mount.mountpoint}: detached; still serving ${users}; one more signal cuts them off`);
     } else {
-      await abortConnection(mount.device);
+      const users = await usersOf(mountpoint);
+      await cutOff(mountpoint);
+      if (users !== '') say(`${mountpoint}: cut off ${users}`);
     }
   } catch (error) {
-    const next = count === 1 ? '; another signal detaches the mount all the same' : '';
-    say(sentenceOf(error) + next);
+    say(sentenceOf(error) + (count === 1 ? '; another signal cuts them off' : ''));
   }
 }
 
-/** Linux: the kernel fails what is open and ends the connection, as after the death of the process. */
-async function abortConnection(device: string | undefined): Promise<void> {
-  if (device === undefined) throw new FsError('ENOTSUP', 'what is open cannot be cut off on this system');
-  const minor = device.slice(device.indexOf(':') + 1);
-  await writeFile(`/sys/fs/fuse/connections/${minor}/abort`, '1');
+/** Take the mount out of the tree and end its connection to the kernel, whatever is open. */
+async function cutOff(mountpoint: string): Promise<void> {
+  const way = mountingWay();
+  if (way === 'linux-user') {
+    // What fusermount3 cannot do. Without the control file system the mount is served until the last file is closed.
+    const [, minor] = (await mountAt(mountpoint))?.device?.split(':') ?? [];
+    await writeFile(`/sys/fs/fuse/connections/${minor}/abort`, '1').catch(() => {});
+  }
+  const command = unmountCommand(way, mountpoint, true);
+  const args = way === 'linux-root' ? ['-f', ...command.args] : command.args;
+  const { status, complaint } = await runCommand({ ...command, args });
+  if (status !== 0) throw new FsError('EIO', `${mountpoint}: cannot be unmounted by force: ${complaint}`);
 }
 
 async function closeAll(disks: readonly Disk[], state: ServerState): Promise<void> {
