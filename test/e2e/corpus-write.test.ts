@@ -251,8 +251,8 @@ class Script {
 
   async #rollback(disk: string): Promise<void> {
     const picked = this.#pickCheckpoint();
-    // A command is a line of words: names that are not one plain word are rolled back to in other tests.
-    if (!picked || !/^[^\s-]\S*$/.test(picked[0])) return;
+    // A command is one line, a name its rest: one that holds a line's end cannot be said.
+    if (!picked?.[0] || picked[0].includes('\n')) return;
     const [name, { model }] = picked;
     this.log.push(`rollback ${name}`);
     await writeFile(join(disk, 'control'), `rollback ${name}\n`, { flag: 'r+' });
