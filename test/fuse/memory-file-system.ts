@@ -37,6 +37,8 @@ export class MemoryFileSystem implements FileSystem {
   notifier: Notifier | undefined;
   /** Files open now: the driver must bring it to 0 when the mount ends. */
   openFiles = 0;
+  /** Callers in the slow directory's mkdir. */
+  waiting = 0;
   #nextIno = 1;
 
   /** `disk.raw` is in the tree from the start; its slots exist if there are `dataThreads`. */
@@ -195,8 +197,12 @@ export class MemoryDirectory extends MemoryNode implements DirectoryNode {
 /** mkdir waits here until the caller is interrupted. */
 class SlowDirectory extends MemoryDirectory {
   override makeDirectory(_name: string, caller: Caller): Promise<Node> {
+    this.fileSystem.waiting++;
     return new Promise((_, reject) => {
-      const interrupted = (): void => reject(caller.signal.reason);
+      const interrupted = (): void => {
+        this.fileSystem.waiting--;
+        reject(caller.signal.reason);
+      };
       if (caller.signal.aborted) interrupted();
       else caller.signal.addEventListener('abort', interrupted, { once: true });
     });

@@ -10,11 +10,12 @@ import type { FromServer, ServerOptions, ToServer } from './mounted-memory.ts';
 const options: ServerOptions = JSON.parse(process.argv[2] as string);
 const drivers: Record<ServerOptions['driver'], Driver> = { native: mountNative, 'fuse-native': mountFuseNative };
 
+const threadModule = options.dataPlane === 'broken' ? './absent.js' : './memory-thread.js';
 const disk = makeMemoryDisk();
 const fileSystem = new MemoryFileSystem(
   disk,
   options.dataPlane
-    ? { entry: new URL('./memory-thread.js', import.meta.url), attach: () => ({ plane: disk, transfer: [] }) }
+    ? { entry: new URL(threadModule, import.meta.url), attach: () => ({ plane: disk, transfer: [] }) }
     : undefined,
 );
 const send = (message: FromServer): void => {
@@ -56,6 +57,8 @@ async function answer(command: ToServer, unmount: () => Promise<void>): Promise<
       return Atomics.load(new Int32Array(disk.counters), counter[command.name]);
     case 'openFiles':
       return fileSystem.openFiles;
+    case 'waiting':
+      return fileSystem.waiting;
     case 'rewrite': {
       const file = fileSystem.root.entries.get(command.name);
       if (!(file instanceof MemoryFile)) throw new Error(`${command.name} is no such file`);

@@ -16,14 +16,15 @@ export type DriverName = 'native' | 'fuse-native';
 
 export interface ServerOptions extends MountOptions {
   readonly driver: DriverName;
-  /** Data threads serve disk.raw; else everything goes through OpenFile. */
-  readonly dataPlane: boolean;
+  /** Data threads serve disk.raw; else everything goes through OpenFile. `broken`: they cannot start. */
+  readonly dataPlane: boolean | 'broken';
 }
 
 export type ToServer =
   | { readonly kind: 'unmount' }
   | { readonly kind: 'counter'; readonly name: keyof typeof counter }
   | { readonly kind: 'openFiles' }
+  | { readonly kind: 'waiting' }
   | { readonly kind: 'rewrite'; readonly name: string; readonly text: string; readonly notify: boolean }
   | { readonly kind: 'drop'; readonly name: string }
   | { readonly kind: 'block'; readonly ms: number };
@@ -60,19 +61,20 @@ export class MountedMemory {
   readonly ended: Promise<Extract<FromServer, { kind: 'ended' }>>;
   readonly #server: ChildProcess;
   readonly #directory: string;
-  readonly #exited: Promise<void>;
+  /** Resolves to the exit status of the server; null if a signal ended it. */
+  readonly exited: Promise<number | null>;
 
   private constructor(
     directory: string,
     mountpoint: string,
     server: ChildProcess,
-    exited: Promise<void>,
+    exited: Promise<number | null>,
     capabilities: DriverCapabilities,
   ) {
     this.#directory = directory;
     this.mountpoint = mountpoint;
     this.#server = server;
-    this.#exited = exited;
+    this.exited = exited;
     this.capabilities = capabilities;
     this.ended = messageOf(server, 'ended');
     this.ended.catch(() => {});
@@ -82,7 +84,7 @@ export class MountedMemory {
   static async start(options: Partial<ServerOptions> & { driver: DriverName }): Promise<MountedMemory> {
     const directory = mkdtempSync(join(tmpdir(), 'vdskfs-fuse-'));
     const mountpoint = options.mountpoint ?? join(directory, 'mnt');
-    mkdirSync(mountpoint, { recursive: true });
+    if (options.mountpoint === undefined) mkdirSync(mountpoint);
     transpileInto(directory);
     const full: ServerOptions = {
       source: 'memory',
@@ -96,7 +98,7 @@ export class MountedMemory {
     const server = spawn(process.execPath, [join(directory, 'memory-server.js'), JSON.stringify(full)], {
       stdio: ['ignore', 'inherit', 'inherit', 'ipc'],
     });
-    const exited = new Promise<void>((resolve) => server.once('exit', () => resolve()));
+    const exited = new Promise<number | null>((resolve) => server.once('exit', (status) => resolve(status)));
     try {
       const { capabilities } = await messageOf(server, 'mounted');
       return new MountedMemory(directory, mountpoint, server, exited, capabilities);
@@ -126,7 +128,7 @@ export class MountedMemory {
   /** SIGKILL: what stays is a mount without a server. */
   async kill(): Promise<void> {
     this.#server.kill('SIGKILL');
-    await this.#exited;
+    await this.exited;
   }
 
   /** Leave nothing behind, whatever state the test ended in. */
@@ -134,7 +136,7 @@ export class MountedMemory {
     // Lazily: a failed test may have left files open. Nothing mounted any more is no failure here.
     spawnSync('umount', ['-c', '-i', '-l', this.mountpoint], { stdio: 'ignore' });
     this.#server.kill('SIGKILL');
-    await this.#exited;
+    await this.exited;
     rmSync(this.#directory, { recursive: true, force: true });
   }
 }
@@ -145,14 +147,22 @@ function messageOf<K extends FromServer['kind']>(
   kind: K,
 ): Promise<Extract<FromServer, { kind: K }>> {
   return new Promise((resolve, reject) => {
+    const settle = (): void => {
+      server.off('message', received);
+      server.off('exit', exited);
+    };
     const received = (message: FromServer): void => {
       if (message.kind === kind) resolve(message as Extract<FromServer, { kind: K }>);
       else if (message.kind === 'refused' && kind !== 'ended') {
         reject(Object.assign(new Error(message.message), { errno: message.errno }));
       } else return;
-      server.off('message', received);
+      settle();
+    };
+    const exited = (): void => {
+      reject(new Error(`the server exited before it said '${kind}'`));
+      settle();
     };
     server.on('message', received);
-    server.once('exit', () => reject(new Error(`the server exited before it said '${kind}'`)));
+    server.on('exit', exited);
   });
 }

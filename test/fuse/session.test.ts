@@ -175,8 +175,8 @@ describe('a session', () => {
     fileSystem.root.entries.delete('disk.raw');
     fileSystem.root.add('kept.txt', new MemoryFile(fileSystem, Buffer.alloc(0), 'fresh'));
     const { ino } = fileSystem.root.entries.get('hello.txt')!;
-    const { body } = await ask(opcode.READDIRPLUS, 1, readArgument(fh, 2, 3 * 160));
-    expect(plusIn(body)).toEqual([
+    const { body } = await ask(opcode.READDIRPLUS, 1, readArgument(fh, 2, 65536));
+    expect(plusIn(body).slice(0, 3)).toEqual([
       ['disk.raw', 0],
       ['hello.txt', ino],
       ['kept.txt', 0],
@@ -214,7 +214,7 @@ describe('a session', () => {
     const { ino } = fileSystem.root.entries.get('hello.txt')!;
     gone.add(800n);
     session.receive(request(opcode.LOOKUP, { unique: 800n }, name('hello.txt')));
-    await ask(opcode.STATFS, 1);
+    await session.close();
     expect(await ask(opcode.GETATTR, ino, integers([0, 4], [0, 4], [0, 8]))).toMatchObject({ error: -ESTALE });
   });
 
