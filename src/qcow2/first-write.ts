@@ -1,8 +1,9 @@
 /** What the format asks of a writer before it changes anything (qcow2 specification, feature bits). */
-import { autoclear, headerAt, incompatible } from './header.ts';
+import { autoclear, headerAt, incompatible, readHeader } from './header.ts';
 import { readIncompatible, writeIncompatible } from './header-update.ts';
 import type { Image } from './image.ts';
 import { word } from './image.ts';
+import { dropBitmaps } from './stale-bitmaps.ts';
 
 /** Before the first write of any kind: autoclear bits of features that this writer does not keep up are cleared. */
 export function beforeData(image: Image): void {
@@ -18,13 +19,16 @@ export function beforeData(image: Image): void {
 }
 
 function clearAutoclear(image: Image): void {
+  const header = readHeader(image.file);
+  const kept = header.autoclear & autoclear.DATA_FILE_RAW;
+  if (kept === header.autoclear) return;
+  if (header.bitmaps !== undefined) {
+    beforeMetadata(image);
+    dropBitmaps(image, readHeader(image.file), kept);
+    return;
+  }
   const bytes = new Uint8Array(8);
-  image.file.read(bytes, 0, 8, headerAt.autoclear);
-  const view = new DataView(bytes.buffer);
-  const bits = view.getBigUint64(0);
-  const kept = bits & autoclear.DATA_FILE_RAW;
-  if (kept === bits) return;
-  view.setBigUint64(0, kept);
+  new DataView(bytes.buffer).setBigUint64(0, kept);
   image.file.write(bytes, 0, 8, headerAt.autoclear);
   image.file.flush();
 }
