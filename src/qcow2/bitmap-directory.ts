@@ -15,10 +15,14 @@ const entryHead = bigEndian('bitmap directory entry', 24, {
 
 /** QEMU's limits. */
 const MAX_TABLE_ENTRIES = 0x800_0000;
+const MAX_NAME_BYTES = 1023;
 const MIN_GRANULARITY_BITS = 9;
 const MAX_GRANULARITY_BITS = 31;
 /** Flag: not saved in the end, so that its size may be an old one. */
 const IN_USE = 1;
+/** in_use, auto, extra_data_compatible. */
+const KNOWN_FLAGS = 7;
+const DIRTY_TRACKING = 1;
 
 export interface BitmapTable {
   readonly offset: number;
@@ -45,6 +49,10 @@ export function decodeBitmapDirectory(
       throw fail(`its table is at ${hex(head.tableOffset)}, which is no cluster`);
     }
     if (head.tableEntries > MAX_TABLE_ENTRIES) throw fail(`its table has ${head.tableEntries} entries`);
+    if ((head.flags & ~KNOWN_FLAGS) !== 0 || head.type !== DIRTY_TRACKING) {
+      throw fail(`its flags are ${hex(head.flags)}, its type is ${head.type}`);
+    }
+    if (head.nameBytes === 0 || head.nameBytes > MAX_NAME_BYTES) throw fail(`its name has ${head.nameBytes} bytes`);
     if (head.granularityBits < MIN_GRANULARITY_BITS || head.granularityBits > MAX_GRANULARITY_BITS) {
       throw fail(`its granularity has ${head.granularityBits} bits`);
     }

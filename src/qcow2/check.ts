@@ -38,6 +38,8 @@ export interface CheckOptions {
   /** Fraction done, 0 to 1. */
   readonly onProgress?: (fraction: number) => void;
   readonly signal?: AbortSignal;
+  /** Host clusters whose references are counted at a time, 4 bytes each; larger files take several walks. */
+  readonly windowClusters?: number;
 }
 
 /** As far as natural the fields of `qemu-img check --output=json`. */
@@ -67,7 +69,7 @@ const SLICE_MS = 10;
  * @throws FsError EROFS to repair a read-only file, ENOSPC, EIO; the signal's reason when it is aborted
  */
 export async function checkImage(storage: Storage, header: Header, options: CheckOptions = {}): Promise<CheckReport> {
-  const work = check(subjectOf(storage, header), options.repair);
+  const work = check(subjectOf(storage, header, options.windowClusters), options.repair);
   for (let since = performance.now(); ; ) {
     options.signal?.throwIfAborted();
     const step = work.next();
@@ -92,8 +94,10 @@ export function rebuildRefcounts(storage: Storage, header: Header): void {
       `${storage.path}: its refcounts cannot be counted anew, since the image is damaged: ${survey.findings.messages[0]}; see vdskfs check`,
     );
   }
-  finish(mendImage(subject, survey, 'all'));
-  storage.flush();
+  if (survey.findings.corruptions + survey.findings.leaks > 0) {
+    finish(mendImage(subject, survey, 'all'));
+    storage.flush();
+  }
   clearBits(subject);
 }
 
@@ -115,7 +119,7 @@ function* check(subject: Subject, repair: 'leaks' | 'all' | undefined): Generato
   if (before.findings.corruptions + before.findings.leaks > 0) {
     const header = yield* scaled(mendImage(subject, before, repair), share, share);
     subject.storage.flush();
-    after = yield* scaled(surveyImage(subjectOf(subject.storage, header)), 2 * share, share);
+    after = yield* scaled(surveyImage(subjectOf(subject.storage, header, subject.windowClusters)), 2 * share, share);
   }
   if (after.findings.corruptions === 0) clearBits(subject);
   return {
@@ -157,9 +161,6 @@ function clearBits({ storage, header }: Subject): void {
   storage.write(bytes, 0, bytes.length, headerAt.incompatible);
   storage.flush();
 }
-
-/** Clusters whose references are counted at a time: 4 bytes each. */
-const WINDOW_CLUSTERS = 32 * 1024 * 1024;
 
 /** Bits of a count. */
 const COUNT = 0x0fff_ffff;
@@ -250,7 +251,7 @@ function* surveyImage(subject: Subject): Generator<number, Survey> {
   const findings = new Findings();
   const tables = yield* scaledTo(0, collectTables(subject, findings));
   const perBlock = refcountsPerBlock(subject);
-  const size = Math.min(subject.limit, Math.ceil(WINDOW_CLUSTERS / perBlock) * perBlock);
+  const size = Math.min(subject.limit, Math.ceil(subject.windowClusters / perBlock) * perBlock);
   const counts = new Counts(size);
   let needsNewStructures = !tables.refcountsUsable || tables.snapshotsIncomplete;
 

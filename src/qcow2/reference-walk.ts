@@ -35,11 +35,16 @@ export interface Subject {
    * not be written yet.
    */
   readonly limit: number;
+  /** Clusters whose references are counted at a time: 4 bytes each. */
+  readonly windowClusters: number;
 }
 
-export function subjectOf(storage: Storage, header: Header): Subject {
+/** 128 MiB of counts: at 64 KiB clusters a file of 2 TiB in one go. */
+const WINDOW_CLUSTERS = 32 * 1024 * 1024;
+
+export function subjectOf(storage: Storage, header: Header, windowClusters = WINDOW_CLUSTERS): Subject {
   const fileBytes = storage.size();
-  return { storage, header, fileBytes, limit: Math.floor(fileBytes / header.clusterBytes) + 1 };
+  return { storage, header, fileBytes, limit: Math.floor(fileBytes / header.clusterBytes) + 1, windowClusters };
 }
 
 /** Clusters in a row that one table occupies. */
@@ -410,11 +415,12 @@ function* readRefcountTable(
     const offset = high * 2 ** 32 + low;
     const what = `refcount block ${index}`;
     let rule: string | undefined;
-    if ((low & 0x1ff) !== 0) rule = 'reserved bits of its entry are set';
-    else if (offset % clusterBytes !== 0) rule = 'it is not aligned to a cluster';
+    if (offset % clusterBytes >= 512) rule = 'it is not aligned to a cluster';
     else if (offset >= subject.fileBytes) rule = 'it is behind the end of the file';
+    // Without its reserved bits the offset may still be the right one; the counts are at least compared.
+    else blocks[index] = offset - (offset % 512);
+    if (rule === undefined && (low & 0x1ff) !== 0) rule = 'reserved bits of its entry are set';
     if (rule === undefined) {
-      blocks[index] = offset;
       extents.push({ cluster: offset / clusterBytes, count: 1, what });
     } else {
       wrong(`${what} at ${hex(offset)}: ${rule}`);
