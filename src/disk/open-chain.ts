@@ -1,11 +1,12 @@
 /** Opening an image and everything below it: finding the files, locking them, reading their headers. */
 import { dirname, resolve } from 'node:path';
-import { FsError } from '../errors.ts';
+import { CorruptImage, FsError } from '../errors.ts';
 import { rebuildRefcounts } from '../qcow2/check.ts';
 import { type Header, readHeader } from '../qcow2/header.ts';
 import type { Backing, Image, SharedImage } from '../qcow2/image.ts';
 import { imageBacking, rawBacking } from '../qcow2/layer.ts';
-import { needsRecount, openImage } from '../qcow2/open-image.ts';
+import { openImage } from '../qcow2/open-image.ts';
+import { isMarked, unmark } from '../qcow2/session-mark.ts';
 import { readSnapshotTable, type SnapshotTable } from '../qcow2/snapshot-table.ts';
 import { HostFile } from '../storage/host-file.ts';
 import { lockImage } from '../storage/image-lock.ts';
@@ -18,8 +19,6 @@ export interface OpenChainOptions {
   readonly readOnly: boolean;
   /** Memory for the caches of each image, in bytes. */
   readonly cacheBytes: number;
-  /** Told how far the recount after a crash has come, 0 to 1. */
-  readonly onRecount?: (fraction: number) => void;
 }
 
 /** One image of an open chain. */
@@ -78,9 +77,16 @@ async function openLayers(
     canWrite = false;
     unwritable = `${path} is marked corrupt; run vdskfs check --repair all on it`;
   }
-  if (canWrite && needsRecount(header)) {
-    await rebuildRefcounts(file, header, options.onRecount === undefined ? {} : { onProgress: options.onRecount });
-    header = readHeader(file);
+  if (canWrite && isMarked(header)) {
+    try {
+      rebuildRefcounts(file, header);
+      unmark(file);
+      header = readHeader(file);
+    } catch (error) {
+      if (!(error instanceof CorruptImage)) throw error;
+      canWrite = false;
+      unwritable = error.message;
+    }
   }
   const below = openBelow(path, header, opened);
   const snapshots = readSnapshotTable(file, header);

@@ -1,8 +1,8 @@
 /** What the format asks of a writer before it changes anything (qcow2 specification, feature bits). */
-import { autoclear, headerAt, incompatible, readHeader } from './header.ts';
-import { readIncompatible, writeIncompatible } from './header-update.ts';
+import { autoclear, headerAt, readHeader } from './header.ts';
 import type { Image } from './image.ts';
 import { word } from './image.ts';
+import { mark, unmark } from './session-mark.ts';
 import { dropBitmaps } from './stale-bitmaps.ts';
 
 /** Before the first write of any kind: autoclear bits of features that this writer does not keep up are cleared. */
@@ -34,24 +34,18 @@ function clearAutoclear(image: Image): void {
 }
 
 /**
- * Before the first change of metadata, with the mutex held: in version 3 the dirty bit is set and durable, so that an
- * opener after a crash counts the refcounts anew. Version 2 has no such bit; there the write order alone keeps them safe.
+ * Before the first change of metadata, with the mutex held: the session is marked, durably, so that an opener after a
+ * crash counts the refcounts anew.
  */
 export function beforeMetadata(image: Image): void {
   if (image.words[word.DIRTY] === 1) return;
-  if (image.geometry.version >= 3) {
-    writeIncompatible(image.file, readIncompatible(image.file) | incompatible.DIRTY);
-    image.file.flush();
-  }
+  mark(image.file);
   image.words[word.DIRTY] = 1;
 }
 
 /** Everything is in the file and durable: the refcounts can be trusted again. */
 export function markClean(image: Image): void {
   if (image.words[word.DIRTY] === 0) return;
-  if (image.geometry.version >= 3) {
-    writeIncompatible(image.file, readIncompatible(image.file) & ~incompatible.DIRTY);
-    image.file.flush();
-  }
+  unmark(image.file);
   image.words[word.DIRTY] = 0;
 }

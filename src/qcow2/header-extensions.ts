@@ -13,6 +13,8 @@ export const extensionType = {
   BITMAPS: 0x2385_2875,
   LUKS_HEADER: 0x0537_be77,
   DATA_FILE: 0x4441_5441,
+  /** 'vdsk': this program's own, see session-mark.ts. */
+  SESSION: 0x7664_736b,
 } as const;
 
 /** One extension as it stands in the file; `data` without the padding. */

@@ -33,15 +33,3 @@ export function writeDisk(storage: Storage, virtualSize: number, l1Entries: numb
     view.setBigUint64(16, BigInt(l1TableOffset));
   });
 }
-
-/** Version 3 only: a version 2 header has no feature bits. */
-export function writeIncompatible(storage: Storage, bits: bigint): void {
-  put(storage, headerAt.incompatible, 8, (view) => view.setBigUint64(0, bits));
-}
-
-/** Version 3 only. */
-export function readIncompatible(storage: Storage): bigint {
-  const bytes = new Uint8Array(8);
-  storage.read(bytes, 0, 8, headerAt.incompatible);
-  return new DataView(bytes.buffer).getBigUint64(0);
-}

@@ -1,14 +1,15 @@
 /** Opening an image: header, tables into shared memory, and what the last session may have left undone. */
-import { CorruptImage, FsError } from '../errors.ts';
+import { CorruptImage } from '../errors.ts';
 import type { Storage } from '../storage/storage.ts';
 import { markClean } from './first-write.ts';
 import { flush } from './flush.ts';
 import { closeGate } from './gate.ts';
 import { geometryOf } from './geometry.ts';
-import { type Header, incompatible, limits } from './header.ts';
+import { type Header, limits } from './header.ts';
 import { type Backing, failure, Image, type ImageSizes, number, type SharedImage, word } from './image.ts';
 import { hostOf } from './l2-entry.ts';
 import { refcountTableEntries } from './refcounts.ts';
+import { isMarked } from './session-mark.ts';
 import type { SnapshotTable } from './snapshot-table.ts';
 import { l1EntriesForSize, type SnapshotList } from './snapshots.ts';
 import { hex } from './units.ts';
@@ -52,7 +53,7 @@ export function openImage(options: OpenImageOptions): { readonly image: Image; r
   numbers[number.FRESH_FROM] = Math.ceil(file.size() / header.clusterBytes) * header.clusterBytes;
   numbers[number.DATA_CLUSTERS] = -1;
   words[word.EPOCH] = 1;
-  if (header.dirty) words[word.DIRTY] = 1;
+  if (isMarked(header)) words[word.DIRTY] = 1;
   if (l1EntriesForSize(image, header.size) > header.l1Entries) {
     throw new CorruptImage(
       `${file.path}: the L1 table has ${header.l1Entries} entries, too few for a disk of ${header.size} bytes; the image is damaged`,
@@ -159,12 +160,4 @@ export function closeImage(image: Image): void {
     image.file.truncate(Math.ceil(size / clusterBytes) * clusterBytes);
   }
   markClean(image);
-}
-
-/** Whether the header says that refcounts must be counted anew before anything is written. */
-export const needsRecount = (header: Header): boolean => (header.incompatible & incompatible.DIRTY) !== 0n;
-
-/** @throws FsError EROFS */
-export function checkWritable(image: Image): void {
-  if (!image.geometry.writable) throw new FsError('EROFS', `${image.file.path} is open for reading only`);
 }
