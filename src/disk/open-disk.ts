@@ -6,8 +6,6 @@ export interface OpenDiskOptions {
   readonly readOnly: boolean;
   /** Memory for the caches of each image, in bytes. */
   readonly cacheBytes?: number;
-  /** Told how far the recount after a crash has come, 0 to 1. */
-  readonly onRecount?: (fraction: number) => void;
 }
 
 /** Maps 256 GiB with clusters of 64 KiB. */
@@ -21,7 +19,6 @@ export async function openDisk(imagePath: string, options: OpenDiskOptions): Pro
   const chain = await openChain(imagePath, {
     readOnly: options.readOnly,
     cacheBytes: options.cacheBytes ?? DEFAULT_CACHE_BYTES,
-    ...(options.onRecount === undefined ? {} : { onRecount: options.onRecount }),
   });
   return new OpenedDisk(imagePath, chain, options.readOnly);
 }
