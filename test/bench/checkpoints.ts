@@ -1,6 +1,6 @@
 /** Taking, applying and deleting a checkpoint of a big, fully mapped disk: vdskfs at work against qemu-img at rest. */
 import { mkdir, rm, rmdir, writeFile } from 'node:fs/promises';
-import { basename, join } from 'node:path';
+import { join } from 'node:path';
 import { setTimeout as delay } from 'node:timers/promises';
 import { fileURLToPath } from 'node:url';
 import { nextMessage, type Running, run, start, stop, timed } from './processes.ts';
@@ -38,7 +38,10 @@ const commands: Record<OperationName, { readonly qemu: string; readonly vdskfs: 
 interface Sample {
   readonly qemuMs: number;
   readonly vdskfsMs: number;
-  readonly stallMs: number;
+  /** Longest wait of a writer meanwhile; none where there must be no writer. */
+  readonly stallMs: number | undefined;
+  /** Longest wait of the writer before that. */
+  readonly quietMs: number | undefined;
 }
 
 /** Measure one size. @returns rows of the report, and vdskfs's mount time in milliseconds */
@@ -60,19 +63,14 @@ export async function measureCheckpoints(
         rollback: await timed(() => run('qemu-img', ['snapshot', '-a', 'bench', image])),
         delete: await timed(() => run('qemu-img', ['snapshot', '-d', 'bench', image])),
       };
-      await server.serve({ qcow2: image, raw: '', size: size.bytes }, (served) =>
-        withWriter(served.file, async (writer) => {
-          mountTimes.push(served.mountMs);
-          await delay(QUIET_MS);
-          quiet.push((await writer.stall()).longestMs);
-          for (const operation of operations) {
-            const vdskfsMs = await timed(() => perform(operation, served));
-            const { longestMs, error } = await writer.stall();
-            if (error !== undefined) say(`${size.name}, ${commands[operation].vdskfs}: the writer failed: ${error}`);
-            samples[operation].push({ qemuMs: qemuMs[operation], vdskfsMs, stallMs: longestMs });
-          }
-        }),
-      );
+      await server.serve({ qcow2: image, raw: '', size: size.bytes }, async (served) => {
+        mountTimes.push(served.mountMs);
+        for (const operation of operations) {
+          const measured = await perform(operation, served);
+          if (measured.quietMs !== undefined) quiet.push(measured.quietMs);
+          samples[operation].push({ qemuMs: qemuMs[operation], ...measured });
+        }
+      });
       say(`checkpoints of ${size.name}: round ${round + 1} of ${rounds}`);
     }
   } finally {
@@ -82,11 +80,21 @@ export async function measureCheckpoints(
   return { rows, mountMs: median(mountTimes) };
 }
 
-async function perform(operation: OperationName, served: Served): Promise<void> {
-  const path = join(served.directory, 'snapshots', 'bench');
-  if (operation === 'take') await mkdir(path);
-  else if (operation === 'delete') await rmdir(path);
-  else await writeFile(join(served.directory, 'control'), `rollback ${basename(path)}`, { flag: 'r+' });
+/** One operation of vdskfs, with a writer at work where that is allowed: nobody may have the disk open when it is rolled back. */
+async function perform(operation: OperationName, { directory, file }: Served): Promise<Omit<Sample, 'qemuMs'>> {
+  const path = join(directory, 'snapshots', 'bench');
+  if (operation === 'rollback') {
+    const rollback = () => writeFile(join(directory, 'control'), 'rollback bench', { flag: 'r+' });
+    return { vdskfsMs: await timed(rollback), stallMs: undefined, quietMs: undefined };
+  }
+  return withWriter(file, async (writer) => {
+    await delay(QUIET_MS);
+    const { longestMs: quietMs } = await writer.stall();
+    const vdskfsMs = await timed(() => (operation === 'take' ? mkdir(path) : rmdir(path)));
+    const { longestMs: stallMs, error } = await writer.stall();
+    if (error !== undefined) throw new Error(`${commands[operation].vdskfs}: the writer failed meanwhile: ${error}`);
+    return { vdskfsMs, stallMs, quietMs };
+  });
 }
 
 const seconds = (ms: number): string => `${(ms / 1000).toFixed(3)} s`;
@@ -94,15 +102,19 @@ const seconds = (ms: number): string => `${(ms / 1000).toFixed(3)} s`;
 function rowOf(size: CheckpointSize, operation: OperationName, samples: readonly Sample[], quietMs: number): string[] {
   const qemuMs = median(samples.map((sample) => sample.qemuMs));
   const vdskfsMs = median(samples.map((sample) => sample.vdskfsMs));
-  const stallMs = Math.max(...samples.map((sample) => sample.stallMs));
+  const stalls = samples.flatMap(({ stallMs }) => stallMs ?? []);
+  const stallMs = Math.max(...stalls);
+  const stall = [
+    seconds(stallMs),
+    `${(stallMs / qemuMs).toFixed(2)}x (goal ${size.stallGoal.toFixed(1)})`,
+    seconds(quietMs),
+  ];
   return [
     `${size.name}: ${commands[operation].vdskfs} against ${commands[operation].qemu}`,
     seconds(qemuMs),
     seconds(vdskfsMs),
     `${(vdskfsMs / qemuMs).toFixed(2)}x`,
-    seconds(stallMs),
-    `${(stallMs / qemuMs).toFixed(2)}x (goal ${size.stallGoal.toFixed(1)})`,
-    seconds(quietMs),
+    ...(stalls.length > 0 ? stall : ['no writer', '', '']),
   ];
 }
 
