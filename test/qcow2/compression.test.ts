@@ -7,7 +7,7 @@ import { deflateRawSync } from 'node:zlib';
 import fc from 'fast-check';
 import { afterAll, describe, expect, it } from 'vitest';
 import { CorruptImage } from '../../src/errors.ts';
-import { compressCluster, decompressCluster, zstdFrame } from '../../src/qcow2/compression.ts';
+import { compressCluster, decompressCluster } from '../../src/qcow2/compression.ts';
 import { readHeader } from '../../src/qcow2/header.ts';
 import { compressedBytes, compressedOffset, hostOf, isCompressed } from '../../src/qcow2/l2-entry.ts';
 import { MemoryStorage } from './memory-storage.ts';
@@ -118,76 +118,5 @@ describe('deflate data', () => {
       Array.from({ length: 8 }, (_, index) => createHash('sha512').update(`${index}`).digest()),
     );
     expect(compressCluster(noise)).toBeUndefined();
-  });
-});
-
-describe('zstd data', () => {
-  const MAGIC = [0x28, 0xb5, 0x2f, 0xfd];
-  /** One frame of one block that repeats a byte: single segment, content size in two bytes (less 256). */
-  const run = (bytes: number, value = 0x41): number[] => [
-    ...MAGIC,
-    0x60, // single segment, 2 bytes of content size
-    ...[(bytes - 256) & 0xff, (bytes - 256) >>> 8],
-    ...[(bytes << 3) | 3, (bytes >>> 5) & 0xff, bytes >>> 13], // last block, RLE
-    value,
-  ];
-  const read = (bytes: readonly number[]): Uint8Array => {
-    const target = new Uint8Array(4096);
-    decompressCluster('zstd', Uint8Array.from(bytes), bytes.length, target);
-    return target;
-  };
-
-  it('may be followed by anything', () => {
-    expect(read([...run(4096), 9, 9, 9])).toEqual(new Uint8Array(4096).fill(0x41));
-  });
-
-  it('may come in several frames', () => {
-    expect(read([...run(2048), ...run(2048, 0x42)]).subarray(2047, 2049)).toEqual(Uint8Array.of(0x41, 0x42));
-  });
-
-  it('may have a skippable frame in front', () => {
-    expect(read([0x53, 0x2a, 0x4d, 0x18, 2, 0, 0, 0, 7, 7, ...run(4096)])[0]).toBe(0x41);
-  });
-
-  it('says its own length by its block headers', () => {
-    expect(zstdFrame(Uint8Array.from([...run(4096), 9, 9]))).toMatchObject({ bytes: 11, windowBytes: 4096 });
-  });
-
-  it.each<[string, number[], string]>([
-    ['too short', [...run(4095)], 'expands to 4095 bytes only'],
-    ['too long', [...run(4097)], 'expands to more than its 4096 bytes'],
-    ['without magic', [0, 0, 0, 0, 0, 0, 0], 'magic number'],
-    ['empty', [], 'expands to 0 bytes only'],
-    ['cut in the frame header', run(4096).slice(0, 6), 'cut after 6 bytes'],
-    ['cut in a block', run(4096).slice(0, 10), 'cut after 10 bytes'],
-    ['asking for a window of 2 GiB', [...MAGIC, 0, 0xa8, 1, 0, 0], 'window of 2147483648 bytes'],
-    ['claiming 2^63 bytes', [...MAGIC, 0xe0, 0, 0, 0, 0, 0, 0, 0, 0x80, 1, 0, 0], 'window of 9223372036854776000'],
-    ['with a reserved block type', [...MAGIC, 0, 0, 7, 0, 0], 'reserved type'],
-    ['with a dictionary', [...MAGIC, 1, 0, 5, 1, 0, 0], 'dictionary'],
-  ])('%s is refused', (_rule, source, message) => {
-    expect(() => read(source)).toThrow(CorruptImage);
-    expect(() => read(source)).toThrow(message);
-  });
-
-  it('damaged anywhere gives a cluster or CorruptImage, nothing else', () => {
-    const raw = join(folder, 'damage.raw');
-    const path = join(folder, 'damage.qcow2');
-    writeFileSync(raw, mixed(4096));
-    const options = 'compression_type=zstd,cluster_size=4k';
-    execFileSync('qemu-img', ['convert', '-c', '-f', 'raw', '-O', 'qcow2', '-o', options, raw, path]);
-    const file = MemoryStorage.load(path).bytes();
-    const start = Buffer.from(file).indexOf(Uint8Array.from(MAGIC));
-    const frame = file.slice(start, start + zstdFrame(file.subarray(start)).bytes);
-    fc.assert(
-      fc.property(fc.nat(frame.length - 1), fc.nat(255), (at, value) => {
-        const bytes = frame.slice();
-        bytes[at] = value;
-        try {
-          decompressCluster('zstd', bytes, bytes.length, new Uint8Array(4096));
-        } catch (error) {
-          expect(error).toBeInstanceOf(CorruptImage);
-        }
-      }),
-    );
   });
 });
