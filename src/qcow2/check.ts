@@ -240,8 +240,10 @@ interface Survey {
   readonly kept: boolean;
   /** One past the highest cluster that anything refers to. */
   readonly clustersUsed: number;
-  /** The refcount structures cannot hold the counts where they are. */
+  /** The refcount structures cannot hold the counts where they are (or the snapshot table must be written anew). */
   readonly needsNewStructures: boolean;
+  /** Refcount blocks may be written where they are: nothing else is there. */
+  readonly blocksWritable: boolean;
 }
 
 const refcountsPerBlock = ({ header }: Subject): number => (header.clusterBytes * 8) / header.refcountBits;
@@ -254,6 +256,7 @@ function* surveyImage(subject: Subject): Generator<number, Survey> {
   const size = Math.min(subject.limit, Math.ceil(subject.windowClusters / perBlock) * perBlock);
   const counts = new Counts(size);
   let needsNewStructures = !tables.refcountsUsable || tables.snapshotsIncomplete;
+  let blocksWritable = tables.refcountsUsable;
 
   for (let first = 0; first < subject.limit; first += size) {
     counts.moveTo(first, Math.min(size, subject.limit - first));
@@ -265,6 +268,7 @@ function* surveyImage(subject: Subject): Generator<number, Survey> {
     const found = yield* compareRefcounts(subject, tables, counts, findings);
     findOverlaps(tables, counts, findings);
     if (found.missingBlock || found.overlapping) needsNewStructures = true;
+    if (found.overlapping) blocksWritable = false;
     // Walked again only where the flags seen on the way do not fit the refcounts.
     if (found.copiedWrong) {
       yield* visitFlags(subject, tables, counts, (text) => {
@@ -280,6 +284,7 @@ function* surveyImage(subject: Subject): Generator<number, Survey> {
     kept: size >= subject.limit,
     clustersUsed: counts.highest + 1,
     needsNewStructures,
+    blocksWritable,
   };
 }
 
@@ -489,8 +494,8 @@ function* visitFlags(
 function* mendImage(subject: Subject, survey: Survey, repair: 'leaks' | 'all'): Generator<number, Header> {
   const { tables, counts, findings } = survey;
   if (repair === 'all' && survey.needsNewStructures) return yield* makeNewStructures(subject, survey);
-  // Refcounts cannot be written where something else lies. To free what an unreadable table may use would lose data.
-  if (survey.needsNewStructures || (repair === 'leaks' && findings.lost > 0)) return subject.header;
+  // To free what an unreadable table may use would lose data.
+  if (!survey.blocksWritable || (repair === 'leaks' && findings.lost > 0)) return subject.header;
 
   for (let first = 0; first < subject.limit; first += counts.values.length) {
     yield* recount(subject, survey, first);

@@ -274,6 +274,16 @@ describe('damage that counting mends', () => {
     expect((await check(storage)).corruptions).toBeGreaterThan(0);
   });
 
+  it('repair leaks goes round what it must not touch', async () => {
+    const storage = MemoryStorage.load(original);
+    const { put, header, refcount, number, dataEntry, l2 } = placesIn(storage);
+    put16(storage, refcount(Number(number(dataEntry) & OFFSET)), 2);
+    put(header.refcountTableOffset + 24, BigInt(l2));
+    const before = storage.bytes();
+    await check(storage, { repair: 'leaks' });
+    expect(Buffer.compare(storage.bytes(), before)).toBe(0);
+  });
+
   it('the dirty and corrupt bits go when nothing is wrong any more', async () => {
     const storage = MemoryStorage.load(original);
     const { put } = placesIn(storage);
