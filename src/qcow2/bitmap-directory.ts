@@ -56,8 +56,11 @@ export function decodeBitmapDirectory(
     if (head.granularityBits < MIN_GRANULARITY_BITS || head.granularityBits > MAX_GRANULARITY_BITS) {
       throw fail(`its granularity has ${head.granularityBits} bits`);
     }
-    const covered = head.tableEntries * clusterBytes * 8 * 2 ** head.granularityBits;
-    if ((head.flags & IN_USE) === 0 && covered < size) throw fail(`it covers ${covered} bytes, the disk has ${size}`);
+    const bitmapBytes = Math.ceil(Math.ceil(size / 2 ** head.granularityBits) / 8);
+    const needed = Math.ceil(bitmapBytes / clusterBytes);
+    if ((head.flags & IN_USE) === 0 && head.tableEntries !== needed) {
+      throw fail(`its table has ${head.tableEntries} entries, the disk needs ${needed}`);
+    }
     tables.push({ offset: Number(head.tableOffset), entries: head.tableEntries });
     at += Math.ceil((entryHead.bytes + head.extraBytes + head.nameBytes) / 8) * 8;
     if (at > bytes.length) throw fail('it passes the end of the directory');

@@ -265,7 +265,12 @@ class L2Collector {
     if ((high & L1_RESERVED_HIGH) !== 0 || (low & L1_RESERVED_LOW) !== 0) {
       this.#findings.damaged(`${what}: reserved bits are set`);
     }
-    if (offset === 0) return;
+    if (offset === 0) {
+      // It had a table once: an entry of a table that never was is 0.
+      this.#findings.damaged(`${what}: it has flags, but no L2 table`);
+      this.#findings.lost++;
+      return;
+    }
     if (offset % clusterBytes !== 0) {
       this.#findings.damaged(`${what}: the L2 table at ${hex(offset)} is not aligned to a cluster`);
       this.#findings.lost++;
