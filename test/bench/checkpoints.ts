@@ -44,16 +44,17 @@ interface Sample {
   readonly quietMs: number | undefined;
 }
 
-/** Measure one size. @returns rows of the report, and vdskfs's mount time in milliseconds */
+/** Measure one size. @returns rows of the report, and vdskfs's mount time in milliseconds and most memory in bytes */
 export async function measureCheckpoints(
   size: CheckpointSize,
   server: Server,
   directory: string,
   { rounds, say }: Rounds,
-): Promise<{ readonly rows: string[][]; readonly mountMs: number }> {
+): Promise<{ readonly rows: string[][]; readonly mountMs: number; readonly memory: number }> {
   const image = join(directory, 'mapped.qcow2');
   const samples: Record<OperationName, Sample[]> = { take: [], rollback: [], delete: [] };
   const mountTimes: number[] = [];
+  let memory = 0;
   const quiet: number[] = [];
   try {
     await run('qemu-img', ['create', '-q', '-f', 'qcow2', '-o', 'preallocation=metadata', image, String(size.bytes)]);
@@ -70,6 +71,7 @@ export async function measureCheckpoints(
           if (measured.quietMs !== undefined) quiet.push(measured.quietMs);
           samples[operation].push({ qemuMs: qemuMs[operation], ...measured });
         }
+        memory = Math.max(memory, served.peakMemory());
       });
       say(`checkpoints of ${size.name}: round ${round + 1} of ${rounds}`);
     }
@@ -77,7 +79,7 @@ export async function measureCheckpoints(
     await rm(image, { force: true });
   }
   const rows = operations.map((operation) => rowOf(size, operation, samples[operation], median(quiet)));
-  return { rows, mountMs: median(mountTimes) };
+  return { rows, mountMs: median(mountTimes), memory };
 }
 
 /** One operation of vdskfs, with a writer at work where that is allowed: nobody may have the disk open when it is rolled back. */

@@ -149,7 +149,7 @@ async function compare(
 }
 
 async function bench(options: Options, root: string, directory: string): Promise<void> {
-  const { say, chosen } = options;
+  const { chosen } = options;
   const wanted = jobs.filter(({ name }) => chosen.has(name));
   print(
     `${cpus().length} cores, ${cpus()[0]?.model.trim()}; ${Math.round(totalmem() / 2 ** 30)} GiB; up ${Math.round(uptime() / 60)} min; ` +
@@ -162,9 +162,11 @@ async function bench(options: Options, root: string, directory: string): Promise
     const sizes = options.quick ? checkpointSizes.slice(0, 1) : checkpointSizes;
     const rows: string[][] = [];
     for (const size of sizes) {
-      const result = await measureCheckpoints(size, own, directory, options);
-      rows.push(...result.rows);
-      say(`mounting ${size.name}: ${Math.round(result.mountMs)} ms (goal under 500 ms)`);
+      const { rows: measured, mountMs, memory } = await measureCheckpoints(size, own, directory, options);
+      rows.push(...measured);
+      print(
+        `vdskfs on ${size.name}: mounts in ${Math.round(mountMs)} ms, needs ${Math.round(memory / 2 ** 20)} MiB at most`,
+      );
     }
     print(reportCheckpoints(rows));
   }

@@ -22,7 +22,7 @@ import { Random } from './corpus-random.ts';
 import { driver, type MountedTree, withMount } from './mount.ts';
 import { runOk, withDirectory } from './run.ts';
 
-const STEPS = Number(process.env.VDSKFS_STEPS ?? 100);
+const STEPS = Number(process.env.VDSKFS_STEPS ?? 60);
 const SEED = Number(process.env.VDSKFS_SEED ?? 20_240_607);
 /** fuse-native passes fallocate(2) on to nobody. */
 const CAN_ALLOCATE = driver === 'native';
@@ -274,10 +274,12 @@ class Script {
   }
 
   async #grow(file: FileHandle): Promise<void> {
-    const { version, sparse, headerBytes } = this.#variant;
+    const { version, sparse, headerBytes, checkpoints } = this.#variant;
     // Version 2 keeps no disk size with a snapshot, and QEMU takes no odd size.
     if (sparse || headerBytes !== undefined || (version === 2 && this.#checkpoints.size > 0) || this.#grown === 2)
       return;
+    // QEMU reads a snapshot of another size by applying it: one reference more, which refcounts this narrow cannot hold.
+    if (checkpoints > 0 && checkpoints < 6) return;
     const size = this.#live.size + (1 + this.#random.below(4 * KiB)) * 512;
     this.log.push(`grow to ${size}`);
     await file.truncate(size);
