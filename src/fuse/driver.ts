@@ -29,5 +29,9 @@ export interface Mounted {
   unmount(): Promise<void>;
 }
 
-/** Mount `fileSystem` and serve it. Resolves when the tree answers. */
+/**
+ * Mount `fileSystem` and serve it. Resolves when the tree answers. This process must not hold a file of its own mount
+ * open: starting a program closes it in the child, which waits for an answer that the waiting parent cannot give.
+ * Nor may it exit before the mount has ended: `process.exit` waits for threads that wait for the kernel.
+ */
 export type Driver = (fileSystem: FileSystem, options: MountOptions) => Promise<Mounted>;
