@@ -82,14 +82,15 @@ export async function takeSnapshot(
     const { numbers, geometry } = image;
     const { clusterBytes } = geometry;
     const virtualSize = image.virtualSize();
-    const l1Entries = Math.min(numbers[number.L1_ENTRIES] as number, Math.max(1, l1EntriesForSize(image, virtualSize)));
-    const l1Clusters = Math.max(1, Math.ceil((l1Entries * 8) / clusterBytes));
+    // An empty disk has no entries, and its snapshots have no table.
+    const l1Entries = Math.min(numbers[number.L1_ENTRIES] as number, l1EntriesForSize(image, virtualSize));
+    const l1Clusters = Math.ceil((l1Entries * 8) / clusterBytes);
     const tables = l2Tables(image.l1, l1Entries);
 
-    const l1Cluster = allocateMetadata(image, l1Clusters);
+    const l1Cluster = l1Clusters === 0 ? 0 : allocateMetadata(image, l1Clusters);
     let undo = async (): Promise<void> => freeMetadata(image, l1Cluster, l1Clusters);
     try {
-      writePadded(image, activeL1(image, l1Entries, false), l1Cluster);
+      if (l1Clusters > 0) writePadded(image, activeL1(image, l1Entries, false), l1Cluster);
       const entry = newSnapshotEntry({
         l1TableOffset: l1Cluster * clusterBytes,
         l1Entries,
@@ -224,8 +225,10 @@ export async function applySnapshot(image: Image, entry: SnapshotEntry, progress
   await still(image, async () => {
     const { numbers } = image;
     const snapshotL1 = readSnapshotL1(image, entry);
-    const l1Entries = Math.min(snapshotL1.entries, Math.max(1, l1EntriesForSize(image, entry.virtualSize)));
-    const after = l2Tables(snapshotL1.view, l1Entries);
+    // The snapshot's table may be longer (VM state) or shorter (the rest is unallocated) than its disk.
+    const l1Entries = Math.max(1, l1EntriesForSize(image, entry.virtualSize));
+    const stored = l2Tables(snapshotL1.view, Math.min(snapshotL1.entries, l1Entries));
+    const after = [...stored, ...new Array<number>(l1Entries - stored.length).fill(0)];
     const oldEntries = numbers[number.L1_ENTRIES] as number;
     const oldOffset = numbers[number.L1_OFFSET] as number;
     const before = l2Tables(image.l1, oldEntries);
@@ -233,7 +236,7 @@ export async function applySnapshot(image: Image, entry: SnapshotEntry, progress
     const added = after.map((table, index) => (before[index] === table ? 0 : table));
     const dropped = before.map((table, index) => (after[index] === table ? 0 : table));
 
-    const l1Clusters = Math.max(1, Math.ceil((l1Entries * 8) / clusterBytes));
+    const l1Clusters = Math.ceil((l1Entries * 8) / clusterBytes);
     const l1Cluster = allocateMetadata(image, l1Clusters);
     const l1 = new Uint8Array(l1Entries * 8);
     const l1View = new DataView(l1.buffer);
@@ -318,6 +321,7 @@ export function allocateMetadata(image: Image, clusters: number): number {
 }
 
 export function freeMetadata(image: Image, first: number, clusters: number): void {
+  if (clusters === 0) return;
   image.lock();
   try {
     unlink(image, first, clusters);
