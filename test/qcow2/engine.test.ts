@@ -194,11 +194,17 @@ describe('the engine agrees with a plain array, and qemu-img check finds nothing
     );
   });
 
-  it('external data file', async () => {
-    const options: FormatOptions = { size: 300_032, clusterBytes: 4096, dataFile: { file: 'd' } };
+  it.each<[string, FormatOptions]>([
+    ['external data file', { size: 300_032, clusterBytes: 4096, dataFile: { file: 'd' } }],
+    [
+      'external data file with subclusters',
+      { size: 600_064, clusterBytes: 16384, extendedL2: true, dataFile: { file: 'd' } },
+    ],
+    ['raw external data file', { size: 300_032, clusterBytes: 4096, dataFile: { file: 'd', raw: true } }],
+  ])('%s', async (_name, options) => {
     await fc.assert(
       fc.asyncProperty(steps, (script) => run(options, script, 0, true)),
-      { numRuns: 15 },
+      { numRuns: 20 },
     );
   });
 });
