@@ -4,7 +4,7 @@ import { closeSync } from 'node:fs';
 import { FsError } from '../errors.ts';
 import { canonical } from '../fuse/mount-list.ts';
 import { isServerMessage, type ServerMessage } from './server-message.ts';
-import { logFile, openLog } from './state.ts';
+import { logFile, openLog, removeLog } from './state.ts';
 
 /** Set for the serving process only: it is the child, and must not start another. */
 const MARK = 'VDSKFS_DETACHED';
@@ -26,10 +26,10 @@ export async function startDetached(mountpoint: string): Promise<void> {
   const log = openLog(path);
   const child = spawn(process.execPath, [...process.execArgv, ...process.argv.slice(1)], {
     detached: true,
-    stdio: ['ignore', log, log, 'ipc'],
+    stdio: ['ignore', log.fd, log.fd, 'ipc'],
     env: { ...process.env, [MARK]: '1' },
   });
-  closeSync(log);
+  closeSync(log.fd);
   // Detached, it does not get the terminal's Ctrl-C: who interrupts this process means that one.
   const forward = (): void => void child.kill('SIGTERM');
   process.on('SIGINT', forward).on('SIGTERM', forward);
@@ -45,7 +45,10 @@ export async function startDetached(mountpoint: string): Promise<void> {
         );
       });
     });
-    if (message.kind === 'failed') throw new FsError('EIO', message.message);
+    if (message.kind === 'failed') {
+      if (log.fresh) removeLog(path); // this process says all that is in it
+      throw new FsError('EIO', message.message);
+    }
   } finally {
     process.off('SIGINT', forward).off('SIGTERM', forward);
     if (child.connected) child.disconnect();

@@ -4,7 +4,7 @@ import { countArgument, example, sizeArgument } from './arguments.ts';
 import { isDetachedServer, startDetached } from './detach.ts';
 import { type DriverName, driverNames } from './driver-name.ts';
 import { exitStatus } from './failure.ts';
-import { type LogLevel, logLevels, say, setLogLevel } from './log.ts';
+import { type LogLevel, logLevels, setLogLevel } from './log.ts';
 
 interface MountFlags {
   readonly readOnly?: boolean;
@@ -60,10 +60,6 @@ async function mount(paths: readonly string[], flags: MountFlags, command: Comma
     replace: flags.replace ?? false,
     threads: flags.threads,
     cacheBytes: flags.cache,
-    onReady: (path) => {
-      if (detached)
-        process.chdir('/'); // or the directory it was started in could not be unmounted
-      else say(`mounted at ${path}; Ctrl-C ends it`);
-    },
+    detached,
   });
 }

@@ -34,8 +34,8 @@ export interface ServeOptions {
   readonly threads: number;
   /** For the metadata of each disk, in bytes. */
   readonly cacheBytes: number | undefined;
-  /** Called when the tree answers, with the mountpoint's full path. */
-  readonly onReady: (mountpoint: string) => void;
+  /** The one who started this process goes on without it as soon as the tree answers. */
+  readonly detached: boolean;
 }
 
 /**
@@ -64,8 +64,13 @@ export async function serve(options: ServeOptions): Promise<void> {
   const state = describeServer(disks, mountpoint, options);
   writeState(state);
   signals.listen((count) => void endAsWished(count, mounted, mountpoint));
+  if (options.detached) {
+    process.off('disconnect', orphaned);
+    process.chdir('/'); // or the folder it was started in could not be unmounted
+  } else {
+    say(`mounted at ${mountpoint}; Ctrl-C ends it`);
+  }
   await announce({ kind: 'ready', mountpoint });
-  options.onReady(mountpoint);
 
   await mounted.ended;
   tree.close();
@@ -173,14 +178,22 @@ async function closeAll(disks: readonly Disk[], state: ServerState): Promise<voi
   throw new FsError('EIO', failure);
 }
 
+/** Who waits for this process has died: no one would end it. */
+function orphaned(): void {
+  process.emit('SIGTERM', 'SIGTERM');
+}
+
 /** `serve` as the whole life of this process. */
 export async function runServer(options: ServeOptions): Promise<void> {
+  process.once('disconnect', orphaned);
+  process.channel?.unref(); // it must not keep the process alive
   try {
     await serve(options);
   } catch (error) {
     await announce({ kind: 'failed', message: sentenceOf(error) });
     throw error;
   } finally {
+    process.off('disconnect', orphaned);
     if (process.connected) process.disconnect();
   }
   process.exitCode = exitStatus.DONE;

@@ -14,6 +14,7 @@ import {
   realpathSync,
   renameSync,
   rmSync,
+  statSync,
   writeFileSync,
 } from 'node:fs';
 import { tmpdir } from 'node:os';
@@ -62,12 +63,16 @@ const stateFile = (mountpoint: string): string => join(stateDirectory(), keyOf(m
 /** The log of the detached server of `mountpoint`. */
 export const logFile = (mountpoint: string): string => join(stateDirectory(), `${keyOf(mountpoint)}.log`);
 
-/** The log for a new server of `mountpoint`, emptied unless one still writes it. @returns its descriptor, to be closed */
-export function openLog(mountpoint: string): number {
+/**
+ * The log for a new server of `mountpoint`: `fresh`, or the one that a running server writes still.
+ * @returns its descriptor, the caller's to close
+ */
+export function openLog(mountpoint: string): { readonly fd: number; readonly fresh: boolean } {
   const { O_WRONLY, O_CREAT, O_TRUNC, O_APPEND, O_NOFOLLOW } = constants;
   const state = readState(mountpoint);
-  const start = state !== undefined && isServing(state) ? 0 : O_TRUNC;
-  return openSync(logFile(mountpoint), O_WRONLY | O_CREAT | O_APPEND | O_NOFOLLOW | start, 0o600);
+  const fresh = state === undefined || !isServing(state);
+  const flags = O_WRONLY | O_CREAT | O_APPEND | O_NOFOLLOW | (fresh ? O_TRUNC : 0);
+  return { fd: openSync(logFile(mountpoint), flags, 0o600), fresh };
 }
 
 /** Publish the state of a mount; readers see the old file or the new one, never a part. */
@@ -83,7 +88,13 @@ export function writeState(state: ServerState): void {
   renameSync(fresh, path);
 }
 
-export const removeState = (mountpoint: string): void => rmSync(stateFile(mountpoint), { force: true });
+/** The mount is no more. Its log stays if there is anything in it. */
+export function removeState(mountpoint: string): void {
+  rmSync(stateFile(mountpoint), { force: true });
+  if (statSync(logFile(mountpoint), { throwIfNoEntry: false })?.size === 0) removeLog(mountpoint);
+}
+
+export const removeLog = (mountpoint: string): void => rmSync(logFile(mountpoint), { force: true });
 
 /** The state of `mountpoint`, whether or not its process still runs. */
 export const readState = (mountpoint: string): ServerState | undefined => parseState(stateFile(mountpoint));

@@ -3,6 +3,7 @@ import { once } from 'node:events';
 import {
   chmodSync,
   closeSync,
+  existsSync,
   mkdtempSync,
   readdirSync,
   readFileSync,
@@ -118,7 +119,7 @@ describe('a serving process', () => {
 
 describe('the log of a mount', () => {
   const write = (text: string): void => {
-    const fd = openLog('/mnt/vms');
+    const { fd } = openLog('/mnt/vms');
     writeSync(fd, text);
     closeSync(fd);
   };
@@ -127,6 +128,15 @@ describe('the log of a mount', () => {
     write('old');
     write('new');
     expect(readFileSync(logFile('/mnt/vms'), 'utf8')).toBe('new');
+  });
+
+  it('stays when the mount ends, unless nothing is in it', () => {
+    write('');
+    removeState('/mnt/vms');
+    expect(existsSync(logFile('/mnt/vms'))).toBe(false);
+    write('something');
+    removeState('/mnt/vms');
+    expect(existsSync(logFile('/mnt/vms'))).toBe(true);
   });
 
   it('is left alone while a server writes it', () => {

@@ -1,10 +1,12 @@
 /** The commands on image files and on running mounts, as a user types them. */
+import { spawn } from 'node:child_process';
+import { once } from 'node:events';
 import { closeSync, existsSync, mkdirSync, openSync, readdirSync, readFileSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { setTimeout as sleep } from 'node:timers/promises';
 import { describe, expect, it } from 'vitest';
 import { processStart } from '../../src/cli/process.ts';
-import { driver, type MountedTree, startServer, stop, vdskfs, withMount } from './mount.ts';
+import { driver, launcher, type MountedTree, startServer, stop, vdskfs, withMount } from './mount.ts';
 import { type Finished, run, runOk, withDirectory } from './run.ts';
 
 /** Run a command of vdskfs that must succeed. @returns its standard output */
@@ -373,6 +375,18 @@ describe('the end of a mount', () => {
       const tree = await startServer([image], mountpoint, {});
       await runOk('umount', [mountpoint]);
       expect(await tree.ended).toEqual({ status: 0, signal: null });
+    }),
+  );
+
+  it(
+    'comes when whoever waits for it has died',
+    withImage(async ({ image, mountpoint }) => {
+      const args = [launcher, 'mount', '--foreground', '--driver', driver, image, mountpoint];
+      const server = spawn(process.execPath, args, { stdio: ['ignore', 'ignore', 'ignore', 'ipc'] });
+      await once(server, 'message');
+      server.disconnect();
+      expect(await once(server, 'exit')).toEqual([0, null]);
+      expect(readdirSync(mountpoint)).toEqual([]);
     }),
   );
 

@@ -14,7 +14,8 @@ export type DriverName = 'native' | 'fuse-native';
 /** The driver that this run of the tests is about: the suites run once with each. */
 export const driver: DriverName = process.env.VDSKFS_DRIVER === 'fuse-native' ? 'fuse-native' : 'native';
 
-const launcher = fileURLToPath(new URL('../../bin/vdskfs', import.meta.url));
+/** The program, run by Node. */
+export const launcher = fileURLToPath(new URL('../../bin/vdskfs', import.meta.url));
 const STOP_MS = 30_000;
 
 /** Run one command of vdskfs to its end. */
