@@ -96,8 +96,9 @@ export function rebuildRefcounts(storage: Storage, header: Header): void {
   }
   if (survey.findings.corruptions + survey.findings.leaks > 0) {
     finish(mendImage(subject, survey, 'all'));
-    storage.flush();
   }
+  clearBehindEnd(subject, survey);
+  storage.flush();
   clearBits(subject);
 }
 
@@ -118,6 +119,7 @@ function* check(subject: Subject, repair: 'leaks' | 'all' | undefined): Generato
   let after = before;
   if (before.findings.corruptions + before.findings.leaks > 0) {
     const header = yield* scaled(mendImage(subject, before, repair), share, share);
+    if (header === subject.header) clearBehindEnd(subject, before);
     subject.storage.flush();
     after = yield* scaled(surveyImage(subjectOf(subject.storage, header, subject.windowClusters)), 2 * share, share);
   }
@@ -514,6 +516,32 @@ function* recount(subject: Subject, { tables, counts, kept, clustersUsed }: Surv
   if (kept) return;
   counts.moveTo(first, Math.min(counts.values.length, subject.limit - first));
   if (first < clustersUsed) yield* countReferences(subject, tables, counts, undefined);
+}
+
+/**
+ * A crash may leave counts of clusters that were never written, behind the end of the file. No check sees them, QEMU's
+ * neither, until the file has grown past them: then they are leaks.
+ */
+function clearBehindEnd(subject: Subject, survey: Survey): void {
+  const { storage, header, fileBytes } = subject;
+  const { refcountBlocks } = survey.tables;
+  // New structures have no such counts.
+  if (survey.needsNewStructures || !survey.blocksWritable || survey.findings.lost > 0) return;
+  const perBlock = refcountsPerBlock(subject);
+  const end = Math.max(Math.ceil(fileBytes / header.clusterBytes), survey.clustersUsed);
+  const block = new Uint8Array(header.clusterBytes);
+  for (let index = Math.floor(end / perBlock); index < refcountBlocks.length; index++) {
+    const offset = refcountBlocks[index] as number;
+    if (offset === 0) continue;
+    readOrZeros(storage, block, block.length, offset);
+    let changed = false;
+    for (let entry = Math.max(0, end - index * perBlock); entry < perBlock; entry++) {
+      if (refcountAt(block, entry, header.refcountOrder) === 0) continue;
+      setRefcount(block, entry, header.refcountOrder, 0);
+      changed = true;
+    }
+    if (changed) storage.write(block, 0, block.length, offset);
+  }
 }
 
 /** In place. Marks the clusters whose refcount is now ONE. @returns true if COPIED flags do not fit any more */
