@@ -5,7 +5,7 @@ import { word } from './image.ts';
 import { ALL_ZEROES, hostOf, isCompressed, isCopied } from './l2-entry.ts';
 import { countData, emptyEntry, ensureOwnL2, type L2Entry, readEntry, writeEntry } from './l2-update.ts';
 import { l2TableAt } from './lookup.ts';
-import { asWriter, beforeOthers, holdsData, readsAsZeros, unlinkEntry, writePieces } from './write.ts';
+import { asWriter, beforeOthers, holdsData, readsAsZeros, relieve, unlinkEntry, writePieces } from './write.ts';
 
 /** Explicit zeros are written from here. */
 const ZEROS = new Uint8Array(64 * 1024);
@@ -30,6 +30,17 @@ export function zeroRange(image: Image, guest: number, length: number, mode: Zer
     position = Math.max(next, skipUnmapped(image, next, end));
   }
   return true;
+}
+
+/** The same for whoever has closed the gate; frees clusters. Does nothing if `end` is not above `guest`. */
+export function zeroStill(image: Image, guest: number, end: number): void {
+  const { clusterBytes } = image.geometry;
+  for (let position = guest; position < end; ) {
+    const next = Math.min(end, position - (position % clusterBytes) + clusterBytes * STEP_CLUSTERS);
+    zeroPieces(image, position, next, 'free');
+    relieve(image);
+    position = Math.max(next, skipUnmapped(image, next, end));
+  }
 }
 
 /** Where nothing is mapped and nothing is below, a whole L2 table's span is passed at a time. */

@@ -1,6 +1,7 @@
 /** Changing the size of the disk (qcow2 specification, header fields size, l1_size, l1_table_offset). */
 import { FsError } from '../errors.ts';
-import { zeroRange } from './discard.ts';
+import { zeroRange, zeroStill } from './discard.ts';
+import { flush } from './flush.ts';
 import { limits } from './header.ts';
 import { writeDisk } from './header-update.ts';
 import type { Image } from './image.ts';
@@ -21,24 +22,30 @@ export async function growDisk(image: Image, bytes: number): Promise<void> {
       `${image.file.path}: ${bytes} bytes need an L1 table beyond 32 MiB with clusters of ${geometry.clusterBytes} bytes; use larger clusters`,
     );
   }
-  const before = image.virtualSize();
   await still(image, async () => {
-    if (entries > (numbers[number.L1_ENTRIES] as number)) moveL1(image, entries, bytes);
-    else writeDisk(image.file, bytes, numbers[number.L1_ENTRIES] as number, numbers[number.L1_OFFSET] as number);
-    image.file.flush();
+    const before = image.virtualSize();
+    if (entries > (numbers[number.L1_ENTRIES] as number)) moveL1(image, entries);
     if (geometry.externalData && image.data.size() < bytes) image.data.truncate(bytes);
+    // Zeroing goes as far as the disk does: the size in memory is first, the one in the file last.
     numbers[number.VIRTUAL_SIZE] = bytes;
+    try {
+      // Old bytes of the last cluster, and of a backing file that is longer than the disk was, must not come to light,
+      // not by a crash either.
+      const lastClusterEnd = Math.ceil(before / geometry.clusterBytes) * geometry.clusterBytes;
+      const hidden = Math.min(bytes, Math.max(image.backing?.size() ?? 0, lastClusterEnd));
+      zeroStill(image, before, hidden);
+      flush(image);
+      writeDisk(image.file, bytes, numbers[number.L1_ENTRIES] as number, numbers[number.L1_OFFSET] as number);
+    } catch (error) {
+      numbers[number.VIRTUAL_SIZE] = before;
+      throw error;
+    }
+    image.file.flush();
   });
-  // Old bytes of the last cluster, and of a backing file that is longer than the disk was, must not come to light.
-  const hidden = Math.min(
-    bytes,
-    Math.max(image.backing?.size() ?? 0, Math.ceil(before / geometry.clusterBytes) * geometry.clusterBytes),
-  );
-  if (hidden > before) zeroRange(image, before, hidden - before, 'free');
 }
 
 /** A longer L1 table in fresh clusters, complete before the header switches to it. */
-function moveL1(image: Image, entries: number, virtualSize: number): void {
+function moveL1(image: Image, entries: number): void {
   const { numbers, l1 } = image;
   const { clusterBytes } = image.geometry;
   const oldEntries = numbers[number.L1_ENTRIES] as number;
@@ -49,7 +56,7 @@ function moveL1(image: Image, entries: number, virtualSize: number): void {
   writePadded(image, table, cluster);
   image.refcounts.writeDirty();
   image.file.flush();
-  writeDisk(image.file, virtualSize, entries, cluster * clusterBytes);
+  writeDisk(image.file, image.virtualSize(), entries, cluster * clusterBytes);
   image.file.flush();
   numbers[number.L1_OFFSET] = cluster * clusterBytes;
   numbers[number.L1_ENTRIES] = entries;
