@@ -1,6 +1,7 @@
 /** The serving process: opens all disks, mounts the tree, and ends it cleanly when asked to. */
 import { realpathSync } from 'node:fs';
 import { writeFile } from 'node:fs/promises';
+import { setTimeout as sleep } from 'node:timers/promises';
 import type { Disk } from '../disk/disk.ts';
 import { openDisk } from '../disk/open-disk.ts';
 import { FsError } from '../errors.ts';
@@ -19,7 +20,7 @@ import { say } from './log.ts';
 import { prepareMountpoint } from './mountpoint.ts';
 import { processStart } from './process.ts';
 import type { ServerMessage } from './server-message.ts';
-import { removeState, type ServerState, writeState } from './state.ts';
+import { removeState, type ServerState, stateDirectory, writeState } from './state.ts';
 import { type StopSignals, watchStopSignals } from './stop-signals.ts';
 
 export interface ServeOptions {
@@ -38,6 +39,9 @@ export interface ServeOptions {
   readonly detached: boolean;
 }
 
+/** Time for requests under way to end, after the kernel has let go of them. */
+const LAST_REQUESTS_MS = 2000;
+
 /**
  * Serve until the mount ends. All disks are opened before anything is mounted: a failure leaves nothing behind.
  * @throws FsError before the tree answers, and when not all could be written out at the end
@@ -45,6 +49,7 @@ export interface ServeOptions {
 export async function serve(options: ServeOptions): Promise<void> {
   const signals = watchStopSignals();
   const images = imagesToMount(options.sources);
+  stateDirectory(); // unusable, it is better known before anything is mounted
   const mountpoint = await prepareMountpoint(options.mountpoint, options);
   const disks: Disk[] = [];
   let tree: Tree | undefined;
@@ -62,8 +67,16 @@ export async function serve(options: ServeOptions): Promise<void> {
     throw error;
   }
   const state = describeServer(disks, mountpoint, options);
-  writeState(state);
-  signals.listen((count) => void endAsWished(count, mounted, mountpoint));
+  try {
+    writeState(state);
+  } catch (error) {
+    say(`\`vdskfs status\` will not know this mount: ${sentenceOf(error)}`);
+  }
+  const cutOff = new Promise<void>((resolve) => {
+    signals.listen(async (count) => {
+      if (await endAsWished(count, mounted, mountpoint)) resolve();
+    });
+  });
   if (options.detached) {
     process.off('disconnect', orphaned);
     process.chdir('/'); // or the folder it was started in could not be unmounted
@@ -72,7 +85,8 @@ export async function serve(options: ServeOptions): Promise<void> {
   }
   await announce({ kind: 'ready', mountpoint });
 
-  await mounted.ended;
+  // fuse-native learns of the end only when the last file is closed, which after a cut may be long.
+  await Promise.race([mounted.ended, cutOff.then(() => sleep(LAST_REQUESTS_MS))]);
   tree.close();
   await closeAll(disks, state);
 }
@@ -134,33 +148,47 @@ function announce(message: ServerMessage): Promise<void> {
 /**
  * The first wish unmounts, which the kernel refuses while something is open. Any other cuts off whoever has something
  * open: what was written stays written, and the disks are closed as always.
+ * @returns whether the kernel sends no more requests from now on
  */
-async function endAsWished(count: number, mounted: Mounted, mountpoint: string): Promise<void> {
+async function endAsWished(count: number, mounted: Mounted, mountpoint: string): Promise<boolean> {
   try {
     if (count === 1) {
       await mounted.unmount();
     } else {
       const users = await usersOf(mountpoint);
-      await cutOff(mountpoint);
-      if (users !== '') say(`${mountpoint}: cut off ${users}`);
+      const cut = await forceUnmount(mountpoint);
+      if (users !== '') say(`${mountpoint}: ${cut ? 'cut off' : 'detached, still serving'} ${users}`);
+      return cut;
     }
   } catch (error) {
     say(sentenceOf(error) + (count === 1 ? '; another signal cuts them off' : ''));
   }
+  return false;
 }
 
-/** Take the mount out of the tree and end its connection to the kernel, whatever is open. */
-async function cutOff(mountpoint: string): Promise<void> {
+/**
+ * Take the mount out of the tree and end its connection to the kernel, whatever is open.
+ * @returns false if the connection goes on until the last file is closed
+ */
+async function forceUnmount(mountpoint: string): Promise<boolean> {
   const way = mountingWay();
-  if (way === 'linux-user') {
-    // What fusermount3 cannot do. Without the control file system the mount is served until the last file is closed.
-    const [, minor] = (await mountAt(mountpoint))?.device?.split(':') ?? [];
-    await writeFile(`/sys/fs/fuse/connections/${minor}/abort`, '1').catch(() => {});
-  }
   const command = unmountCommand(way, mountpoint, true);
+  // umount's -f ends the connection; fusermount3 has nothing like it, the control file system has where it is mounted.
+  const cut = way === 'linux-user' ? await abortConnection(mountpoint) : true;
   const args = way === 'linux-root' ? ['-f', ...command.args] : command.args;
   const { status, complaint } = await runCommand({ ...command, args });
   if (status !== 0) throw new FsError('EIO', `${mountpoint}: cannot be unmounted by force: ${complaint}`);
+  return cut;
+}
+
+async function abortConnection(mountpoint: string): Promise<boolean> {
+  const [, minor] = (await mountAt(mountpoint))?.device?.split(':') ?? [];
+  try {
+    await writeFile(`/sys/fs/fuse/connections/${minor}/abort`, '1');
+    return true;
+  } catch {
+    return false;
+  }
 }
 
 async function closeAll(disks: readonly Disk[], state: ServerState): Promise<void> {
@@ -196,5 +224,6 @@ export async function runServer(options: ServeOptions): Promise<void> {
     process.off('disconnect', orphaned);
     if (process.connected) process.disconnect();
   }
-  process.exitCode = exitStatus.DONE;
+  // Everything is closed; what a driver may still hold must not keep the process.
+  process.exit(exitStatus.DONE);
 }
