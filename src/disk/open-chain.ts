@@ -1,4 +1,5 @@
 /** Opening an image and everything below it: finding the files, locking them, reading their headers. */
+import { existsSync } from 'node:fs';
 import { dirname, resolve } from 'node:path';
 import { CorruptImage, FsError } from '../errors.ts';
 import { rebuildRefcounts } from '../qcow2/check.ts';
@@ -144,7 +145,7 @@ function openDataFile(path: string, header: Header, writable: boolean, opened: H
   if (header.dataFile === undefined) {
     throw new FsError('EINVAL', `${path} needs an external data file but does not name it; its header is damaged`);
   }
-  const dataPath = locate(path, header.dataFile, 'external data file');
+  const dataPath = locateData(path, header.dataFile);
   if (!writable) return openLocked(dataPath, opened);
   const data = openFile(dataPath, false, opened);
   lockImage(data.fd, dataPath, 'write');
@@ -223,6 +224,13 @@ function locate(imagePath: string, name: string, what: string): string {
     );
   }
   return resolve(dirname(imagePath), plain);
+}
+
+/** As `locate`; QEMU looks for a relative data file from its working directory, so that comes second. */
+function locateData(imagePath: string, name: string): string {
+  const beside = locate(imagePath, name, 'external data file');
+  const fromHere = resolve(name);
+  return !existsSync(beside) && existsSync(fromHere) ? fromHere : beside;
 }
 
 /** The images below as one `Backing`, made from the bottom up. */
