@@ -17,6 +17,11 @@ function partitionsOf(disk: Uint8Array, claimedBytes = disk.length): number[][] 
   return readPartitions(claimedBytes, read).map(({ number, start, length }) => [number, start, length]);
 }
 
+/** Change one byte. */
+const damage = (disk: Uint8Array, at: number): void => {
+  disk[at] = (disk[at] as number) ^ 0xff;
+};
+
 describe('the partitions of an MBR', () => {
   it('have the number of their entry', () => {
     const disk = new Uint8Array(MIB);
@@ -179,7 +184,7 @@ describe('the partitions of a GPT', () => {
   ])('come from the backup when the primary %s is damaged', (_part, place) => {
     const disk = new Uint8Array(MIB);
     const at = putGpt(disk, { partitions });
-    disk[place(at)] ^= 0xff;
+    damage(disk, place(at));
     expect(partitionsOf(disk)).toEqual(expected);
   });
 
@@ -195,8 +200,8 @@ describe('the partitions of a GPT', () => {
   it('are none when both copies are damaged', () => {
     const disk = new Uint8Array(MIB);
     const at = putGpt(disk, { partitions });
-    disk[at.primary.entries] ^= 1;
-    disk[at.backup.header + 9] ^= 1;
+    damage(disk, at.primary.entries);
+    damage(disk, at.backup.header + 9);
     expect(partitionsOf(disk)).toEqual([]);
   });
 
