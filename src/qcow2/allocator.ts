@@ -1,5 +1,6 @@
 /** Finding and taking free host clusters. Everything here runs with the mutex held. */
 import { FsError } from '../errors.ts';
+import { barrier, switchHeader } from './barrier.ts';
 import { limits } from './header.ts';
 import { writeRefcountTablePosition } from './header-update.ts';
 import type { Image } from './image.ts';
@@ -57,6 +58,12 @@ export function allocateTable(image: Image, count: number): number {
   forgetSlices(image, first * clusterBytes, (first + count) * clusterBytes);
   touchFresh(image, first, count);
   return first;
+}
+
+/** Give a table's clusters back that nothing refers to yet. */
+export function giveBackTable(image: Image, first: number, count: number): void {
+  image.setMetadata(first, count, false);
+  giveBack(image, first, count);
 }
 
 function adjacent(image: Image, count: number): number {
@@ -146,7 +153,7 @@ function createRefcountBlocks(image: Image, block: number, blocks: number, count
   const { clusterBytes, refcountsPerBlock } = image.geometry;
   const first = block * refcountsPerBlock;
   writeRefcountBlocks(image, first, blocks, count);
-  image.file.flush();
+  barrier(image);
   const entries = new Uint8Array(blocks * 8);
   const view = new DataView(entries.buffer);
   for (let index = 0; index < blocks; index++) view.setBigUint64(index * 8, BigInt((first + index) * clusterBytes));
@@ -155,10 +162,14 @@ function createRefcountBlocks(image: Image, block: number, blocks: number, count
   for (let index = 0; index < blocks; index++) {
     image.refcountTable.setBigUint64((block + index) * 8, view.getBigUint64(index * 8));
   }
+  image.setMetadata(first, blocks, true);
   return first + blocks;
 }
 
-/** Write `blocks` refcount blocks to the clusters from `first` on, counting themselves and `count` clusters more. */
+/**
+ * Write `blocks` refcount blocks to the clusters from `first` on, counting themselves and `count` clusters more. They are
+ * metadata when the table refers to them: if that fails they are as free as before.
+ */
 function writeRefcountBlocks(image: Image, first: number, blocks: number, count: number): void {
   const { clusterBytes, refcountsPerBlock, refcountOrder } = image.geometry;
   for (let cluster = first; cluster < first + blocks + count; cluster++) {
@@ -174,7 +185,6 @@ function writeRefcountBlocks(image: Image, first: number, blocks: number, count:
     image.file.write(bytes, 0, clusterBytes, (first + index) * clusterBytes);
   }
   forgetSlices(image, first * clusterBytes, (first + blocks) * clusterBytes);
-  image.setMetadata(first, blocks, true);
   touchFresh(image, first, blocks);
 }
 
@@ -215,14 +225,13 @@ function growRefcountTable(image: Image): void {
     view.setBigUint64((oldEntries + index) * 8, BigInt((first + index) * clusterBytes));
   }
   image.file.write(table, 0, table.length, tableCluster * clusterBytes);
-  image.file.flush();
-  writeRefcountTablePosition(image.file, tableCluster * clusterBytes, tableClusters);
-  image.file.flush();
+  barrier(image);
+  switchHeader(image, () => writeRefcountTablePosition(image.file, tableCluster * clusterBytes, tableClusters));
 
   new Uint8Array(refcountTable.buffer, refcountTable.byteOffset).set(table);
   numbers[number.REFCOUNT_TABLE_OFFSET] = tableCluster * clusterBytes;
   numbers[number.REFCOUNT_TABLE_CLUSTERS] = tableClusters;
-  image.setMetadata(tableCluster, tableClusters, true);
+  image.setMetadata(first, blocks + tableClusters, true);
   forgetSlices(image, tableCluster * clusterBytes, (tableCluster + tableClusters) * clusterBytes);
   touchFresh(image, tableCluster, tableClusters);
   unlink(image, oldOffset / clusterBytes, oldClusters);

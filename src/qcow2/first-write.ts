@@ -1,4 +1,5 @@
 /** What the format asks of a writer before it changes anything (qcow2 specification, feature bits). */
+import { attempt, switchHeader } from './barrier.ts';
 import { autoclear, headerAt, readHeader } from './header.ts';
 import type { Image } from './image.ts';
 import { word } from './image.ts';
@@ -29,8 +30,7 @@ function clearAutoclear(image: Image): void {
   }
   const bytes = new Uint8Array(8);
   new DataView(bytes.buffer).setBigUint64(0, kept);
-  image.file.write(bytes, 0, 8, headerAt.autoclear);
-  image.file.flush();
+  switchHeader(image, () => image.file.write(bytes, 0, 8, headerAt.autoclear));
 }
 
 /**
@@ -39,7 +39,7 @@ function clearAutoclear(image: Image): void {
  */
 export function beforeMetadata(image: Image): void {
   if (image.words[word.DIRTY] === 1) return;
-  mark(image.file);
+  attempt(image, () => mark(image.file));
   image.words[word.DIRTY] = 1;
 }
 

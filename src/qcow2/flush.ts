@@ -10,10 +10,10 @@
  * A crash between two arrows leaves clusters counted that nothing uses: leaks, no more; the dirty bit tells the next
  * opener to count anew.
  */
-import { FsError } from '../errors.ts';
+import { attempt } from './barrier.ts';
 import { punchFreed, truncateTail } from './give-back.ts';
 import type { Image } from './image.ts';
-import { failure, number, word } from './image.ts';
+import { number, word } from './image.ts';
 import { lock, unlock } from './mutex.ts';
 import { changeRefcount, refcountOf } from './refcounts.ts';
 
@@ -58,18 +58,6 @@ function flushData(image: Image): void {
     image.data.flush();
     if (image.data !== image.file) image.file.flush();
   });
-}
-
-/** A flush that fails leaves the file in a state nobody knows: no write may follow. */
-function attempt(image: Image, action: () => void): void {
-  try {
-    action();
-  } catch (error) {
-    Atomics.compareExchange(image.words, word.FAILED, failure.NONE, failure.FLUSH);
-    throw new FsError('EIO', `${image.file.path}: the changes could not be made durable; it is not written any more`, {
-      cause: error,
-    });
-  }
 }
 
 /** The flush itself, with FLUSH_MUTEX held. */

@@ -46,6 +46,8 @@ export const word = {
   DIRTY: 13,
   /** Ranges in the list of unlinked clusters. */
   UNLINKED_COUNT: 14,
+  /** 1: the mark of the session stays at its end; see `countsTooHigh`. */
+  COUNTS_TOO_HIGH: 15,
   /** From here on, a word per thread: the EPOCH in which its running operation began, 0 if none runs. */
   ACTIVE: 64,
   COUNT: 64 + MAX_THREADS,

@@ -1,5 +1,5 @@
 /** Changing the active mapping, in memory; a flush brings it to the file. With the mutex held. */
-import { allocateTable } from './allocator.ts';
+import { allocateTable, giveBackTable } from './allocator.ts';
 import type { Image } from './image.ts';
 import { number } from './image.ts';
 import { COPIED, isCopied } from './l2-entry.ts';
@@ -19,9 +19,14 @@ export function ensureOwnL2(image: Image, l1Index: number): void {
   const cluster = allocateTable(image, 1);
   const host = cluster * clusterBytes;
   const table = new Uint8Array(clusterBytes);
-  // A shared table has no changes in the cache: they were flushed before it came to be shared.
-  if (old !== 0) image.file.read(table, 0, clusterBytes, old);
-  image.file.write(table, 0, clusterBytes, host);
+  try {
+    // A shared table has no changes in the cache: they were flushed before it came to be shared.
+    if (old !== 0) image.file.read(table, 0, clusterBytes, old);
+    image.file.write(table, 0, clusterBytes, host);
+  } catch (error) {
+    giveBackTable(image, cluster, 1);
+    throw error;
+  }
   setL1Entry(image, l1Index, (highHalf(host) | COPIED) >>> 0, lowHalf(host));
   if (old !== 0) unlink(image, old / clusterBytes, 1);
 }

@@ -1,6 +1,7 @@
 /** Opening an image: header, tables into shared memory, and what the last session may have left undone. */
 import { CorruptImage } from '../errors.ts';
 import type { Storage } from '../storage/storage.ts';
+import { barrier } from './barrier.ts';
 import { markClean } from './first-write.ts';
 import { flush } from './flush.ts';
 import { closeGate } from './gate.ts';
@@ -152,12 +153,12 @@ export function closeImage(image: Image): void {
   if (!image.geometry.writable || Atomics.load(image.words, word.FAILED) !== failure.NONE) return;
   closeGate(image);
   flush(image);
-  image.file.flush();
+  barrier(image);
   const { clusterBytes } = image.geometry;
   const size = image.file.size();
   // A last cluster that was written in part: the format counts in whole ones.
   if (image.words[word.DIRTY] === 1 && size % clusterBytes !== 0) {
     image.file.truncate(Math.ceil(size / clusterBytes) * clusterBytes);
   }
-  markClean(image);
+  if (Atomics.load(image.words, word.COUNTS_TOO_HIGH) === 0) markClean(image);
 }

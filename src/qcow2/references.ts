@@ -8,6 +8,7 @@
  */
 import { setImmediate as giveWay } from 'node:timers/promises';
 import { CorruptImage, FsError } from '../errors.ts';
+import { countsTooHigh } from './barrier.ts';
 import type { Image } from './image.ts';
 import { compressedBytes, compressedOffset, hostOf, isCompressed } from './l2-entry.ts';
 import { getRefcount, maxRefcount, setRefcount } from './refcount-entry.ts';
@@ -266,13 +267,23 @@ async function eachCount(
       }
     }
     if (freedFrom >= 0) change?.freed?.(freedFrom, blockEnd - freedFrom);
-    if (change !== undefined) image.file.write(block, 0, clusterBytes, host);
+    if (change !== undefined) writeBlock(image, block, host);
     done.end = blockEnd;
     sincePause += clusterBytes;
     if (sincePause >= PIECE_BYTES) {
       sincePause = 0;
       await giveWay();
     }
+  }
+}
+
+function writeBlock(image: Image, block: Uint8Array, host: number): void {
+  try {
+    image.file.write(block, 0, block.length, host);
+  } catch (error) {
+    // Nobody knows which part of it was written.
+    countsTooHigh(image);
+    throw error;
   }
 }
 

@@ -1,12 +1,13 @@
 /** Changing the size of the disk (qcow2 specification, header fields size, l1_size, l1_table_offset). */
 import { FsError } from '../errors.ts';
+import { switchHeader } from './barrier.ts';
 import { zeroRange, zeroStill } from './discard.ts';
 import { flush } from './flush.ts';
 import { limits } from './header.ts';
 import { writeDisk } from './header-update.ts';
 import type { Image } from './image.ts';
 import { number } from './image.ts';
-import { allocateMetadata, freeMetadata, l1EntriesForSize, still, writePadded } from './snapshots.ts';
+import { freeMetadata, l1EntriesForSize, still, writeNewTable } from './snapshots.ts';
 
 /**
  * Grow the disk: the new bytes read as zeros, also over a longer backing file.
@@ -35,13 +36,18 @@ export async function growDisk(image: Image, bytes: number): Promise<void> {
       const hidden = Math.min(bytes, Math.max(image.backing?.size() ?? 0, lastClusterEnd));
       zeroStill(image, before, hidden);
       flush(image);
-      writeDisk(image.file, bytes, numbers[number.L1_ENTRIES] as number, numbers[number.L1_OFFSET] as number);
+      storeSize(image, bytes);
     } catch (error) {
       numbers[number.VIRTUAL_SIZE] = before;
       throw error;
     }
-    image.file.flush();
   });
+}
+
+function storeSize(image: Image, bytes: number): void {
+  const { numbers } = image;
+  const l1Entries = numbers[number.L1_ENTRIES] as number;
+  switchHeader(image, () => writeDisk(image.file, bytes, l1Entries, numbers[number.L1_OFFSET] as number));
 }
 
 /** A longer L1 table in fresh clusters, complete before the header switches to it. */
@@ -50,14 +56,11 @@ function moveL1(image: Image, entries: number): void {
   const { clusterBytes } = image.geometry;
   const oldEntries = numbers[number.L1_ENTRIES] as number;
   const oldOffset = numbers[number.L1_OFFSET] as number;
-  const cluster = allocateMetadata(image, Math.ceil((entries * 8) / clusterBytes));
   const table = new Uint8Array(entries * 8);
   table.set(new Uint8Array(l1.buffer, l1.byteOffset, oldEntries * 8));
-  writePadded(image, table, cluster);
-  image.refcounts.writeDirty();
-  image.file.flush();
-  writeDisk(image.file, image.virtualSize(), entries, cluster * clusterBytes);
-  image.file.flush();
+  const { cluster } = writeNewTable(image, table);
+  flush(image);
+  switchHeader(image, () => writeDisk(image.file, image.virtualSize(), entries, cluster * clusterBytes));
   numbers[number.L1_OFFSET] = cluster * clusterBytes;
   numbers[number.L1_ENTRIES] = entries;
   const oldClusters = Math.ceil((oldEntries * 8) / clusterBytes);
@@ -74,8 +77,7 @@ export async function shrinkDisk(image: Image, bytes: number): Promise<void> {
     throw new FsError('EBUSY', `${image.file.path}: a checkpoint is being taken; try again`);
   }
   await still(image, async () => {
-    writeDisk(image.file, bytes, numbers[number.L1_ENTRIES] as number, numbers[number.L1_OFFSET] as number);
-    image.file.flush();
+    storeSize(image, bytes);
     numbers[number.VIRTUAL_SIZE] = bytes;
   });
 }

@@ -4,12 +4,13 @@
  * switches to it; refcounts are up before that, and go down after.
  */
 import { FsError } from '../errors.ts';
-import { allocateTable } from './allocator.ts';
+import { allocateTable, giveBackTable } from './allocator.ts';
+import { barrier, countsTooHigh, isFailed, switchHeader } from './barrier.ts';
 import { dataClusters } from './data-clusters.ts';
 import { beforeData, beforeMetadata } from './first-write.ts';
 import { flush, waitForEarlierReads } from './flush.ts';
 import { closeGate, openGate } from './gate.ts';
-import { truncateTail } from './give-back.ts';
+import { punch, truncateTail } from './give-back.ts';
 import { limits } from './header.ts';
 import { writeDisk, writeSnapshotTablePosition } from './header-update.ts';
 import type { Image } from './image.ts';
@@ -78,54 +79,39 @@ export async function takeSnapshot(
   progress: Progress,
 ): Promise<SnapshotEntry> {
   checkPossible(image, list);
-  return still(image, async () => {
+  return still(image, async (undo) => {
     const { numbers, geometry } = image;
     const { clusterBytes } = geometry;
     const virtualSize = image.virtualSize();
     // An empty disk has no entries, and its snapshots have no table.
     const l1Entries = Math.min(numbers[number.L1_ENTRIES] as number, l1EntriesForSize(image, virtualSize));
-    const l1Clusters = Math.ceil((l1Entries * 8) / clusterBytes);
     const tables = l2Tables(image.l1, l1Entries);
 
-    const l1Cluster = l1Clusters === 0 ? 0 : allocateMetadata(image, l1Clusters);
-    let undo = async (): Promise<void> => freeMetadata(image, l1Cluster, l1Clusters);
-    try {
-      if (l1Clusters > 0) writePadded(image, activeL1(image, l1Entries, false), l1Cluster);
-      const entry = newSnapshotEntry({
-        l1TableOffset: l1Cluster * clusterBytes,
-        l1Entries,
-        id: nextId(list.entries),
-        name: fields.name,
-        seconds: Math.floor(fields.timeMs / 1000),
-        nanoseconds: Math.floor(fields.timeMs % 1000) * 1_000_000,
-        virtualSize,
-      });
-      const next = [...list.entries, entry];
-      const table = writeTable(image, next);
-      undo = async () => {
-        freeMetadata(image, l1Cluster, l1Clusters);
-        freeMetadata(image, table.cluster, table.clusters);
-      };
-      settle(image);
-      await changeReferences(image, { tables, others: [], delta: 1, progress: (part) => progress(part * 0.6) });
-      const freeTables = undo;
-      undo = async () => {
-        await unshare(image, tables, l1Entries);
-        await freeTables();
-      };
-      image.file.flush();
-      await clearCopied(image, tables, (part) => progress(0.6 + part * 0.4));
-      shareL1(image, l1Entries);
-      storeActiveL1(image, l1Entries);
-      image.file.flush();
-      switchTable(image, list, next, table);
-      return entry;
-    } catch (error) {
-      // If this fails as well, the dirty bit stays: the next opener counts anew.
-      await undo();
-      settle(image);
-      throw error;
-    }
+    const l1 = writeNewTable(image, activeL1(image, l1Entries, false));
+    undo.push(() => freeTable(image, l1));
+    const entry = newSnapshotEntry({
+      l1TableOffset: l1.cluster * clusterBytes,
+      l1Entries,
+      id: nextId(list.entries),
+      name: fields.name,
+      seconds: Math.floor(fields.timeMs / 1000),
+      nanoseconds: Math.floor(fields.timeMs % 1000) * 1_000_000,
+      virtualSize,
+    });
+    const next = [...list.entries, entry];
+    const table = writeTable(image, next);
+    undo.push(() => freeTable(image, table));
+    settle(image);
+    await changeReferences(image, { tables, others: [], delta: 1, progress: (part) => progress(part * 0.6) });
+    undo.push(() => unshare(image, tables, l1Entries));
+    barrier(image);
+    await clearCopied(image, tables, (part) => progress(0.6 + part * 0.4));
+    shareL1(image, l1Entries);
+    storeActiveL1(image, l1Entries);
+    barrier(image);
+    switchTable(image, list, next, table);
+    undo.length = 0;
+    return entry;
   });
 }
 
@@ -134,7 +120,7 @@ async function unshare(image: Image, tables: readonly number[], l1Entries: numbe
   const single = new ClusterSet(countedClusters(image));
   const progress = (): void => {};
   await changeReferences(image, { tables, others: [], delta: -1, progress, single });
-  image.file.flush();
+  barrier(image);
   await setCopied(image, tables, single, progress);
   ownL1(image, tables, single);
   storeActiveL1(image, l1Entries);
@@ -180,22 +166,23 @@ export async function deleteSnapshot(
     const table = next.length === 0 ? undefined : writeTable(image, next);
     settle(image);
     switchTable(image, list, next, table);
-    settle(image);
-
-    const single = new ClusterSet(countedClusters(image));
-    await dropReferences(
-      image,
-      l2Tables(snapshotL1.view, snapshotL1.entries),
-      { first: entry.l1TableOffset / clusterBytes, count: Math.ceil((entry.l1Entries * 8) / clusterBytes) },
-      (part) => progress(part * 0.7),
-      single,
-    );
-    const l1Entries = image.numbers[number.L1_ENTRIES] as number;
-    const active = l2Tables(image.l1, l1Entries);
-    await setCopied(image, active, single, (part) => progress(0.7 + part * 0.3));
-    ownL1(image, active, single);
-    storeActiveL1(image, l1Entries);
-    image.file.flush();
+    await afterCommit(image, async () => {
+      settle(image);
+      const single = new ClusterSet(countedClusters(image));
+      await dropReferences(
+        image,
+        l2Tables(snapshotL1.view, snapshotL1.entries),
+        { first: entry.l1TableOffset / clusterBytes, count: Math.ceil((entry.l1Entries * 8) / clusterBytes) },
+        (part) => progress(part * 0.7),
+        single,
+      );
+      const l1Entries = image.numbers[number.L1_ENTRIES] as number;
+      const active = l2Tables(image.l1, l1Entries);
+      await setCopied(image, active, single, (part) => progress(0.7 + part * 0.3));
+      ownL1(image, active, single);
+      storeActiveL1(image, l1Entries);
+      barrier(image);
+    });
   });
 }
 
@@ -222,7 +209,7 @@ export async function renameSnapshot(
  */
 export async function applySnapshot(image: Image, entry: SnapshotEntry, progress: Progress): Promise<void> {
   const { clusterBytes } = image.geometry;
-  await still(image, async () => {
+  await still(image, async (undo) => {
     const { numbers } = image;
     const snapshotL1 = readSnapshotL1(image, entry);
     // The snapshot's table may be longer (VM state) or shorter (the rest is unallocated) than its disk.
@@ -236,52 +223,64 @@ export async function applySnapshot(image: Image, entry: SnapshotEntry, progress
     const added = after.map((table, index) => (before[index] === table ? 0 : table));
     const dropped = before.map((table, index) => (after[index] === table ? 0 : table));
 
-    const l1Clusters = Math.ceil((l1Entries * 8) / clusterBytes);
-    const l1Cluster = allocateMetadata(image, l1Clusters);
     const l1 = new Uint8Array(l1Entries * 8);
     const l1View = new DataView(l1.buffer);
     for (const [index, table] of after.entries()) l1View.setBigUint64(index * 8, BigInt(table));
-    try {
-      writePadded(image, l1, l1Cluster);
-      settle(image);
-      await changeReferences(image, { tables: added, others: [], delta: 1, progress: (part) => progress(part * 0.4) });
-      image.file.flush();
-    } catch (error) {
-      freeMetadata(image, l1Cluster, l1Clusters);
-      throw error;
-    }
+    const newL1 = writeNewTable(image, l1);
+    undo.push(() => freeTable(image, newL1));
+    settle(image);
+    await changeReferences(image, { tables: added, others: [], delta: 1, progress: (part) => progress(part * 0.4) });
+    undo.push(() => changeReferences(image, { tables: added, others: [], delta: -1, progress: () => {} }));
+    barrier(image);
     await clearCopied(image, added, (part) => progress(0.4 + part * 0.2));
-    image.file.flush();
-    writeDisk(image.file, entry.virtualSize, l1Entries, l1Cluster * clusterBytes);
-    image.file.flush();
+    barrier(image);
+    const l1Offset = newL1.cluster * clusterBytes;
+    switchHeader(image, () => writeDisk(image.file, entry.virtualSize, l1Entries, l1Offset));
+    undo.length = 0;
 
     image.lock();
     const epoch = Atomics.add(image.words, word.EPOCH, 1);
     new Uint8Array(image.l1.buffer, image.l1.byteOffset, oldEntries * 8).fill(0);
     new Uint8Array(image.l1.buffer, image.l1.byteOffset).set(l1);
-    numbers[number.L1_OFFSET] = l1Cluster * clusterBytes;
+    numbers[number.L1_OFFSET] = l1Offset;
     numbers[number.L1_ENTRIES] = l1Entries;
     numbers[number.VIRTUAL_SIZE] = entry.virtualSize;
     for (const table of after) if (table !== 0) image.setMetadata(table / clusterBytes, 1, true);
     image.unlock();
     waitForEarlierReads(image, epoch);
 
-    await dropReferences(
-      image,
-      dropped,
-      { first: oldOffset / clusterBytes, count: Math.ceil((oldEntries * 8) / clusterBytes) },
-      (part) => progress(0.6 + part * 0.4),
-      undefined,
-    );
-    settle(image);
+    numbers[number.DATA_CLUSTERS] = -1;
+    try {
+      await afterCommit(image, async () => {
+        await dropReferences(
+          image,
+          dropped,
+          { first: oldOffset / clusterBytes, count: Math.ceil((oldEntries * 8) / clusterBytes) },
+          (part) => progress(0.6 + part * 0.4),
+          undefined,
+        );
+        settle(image);
+      });
+    } catch (error) {
+      // The contents are the snapshot's; the space of the old ones is free when the image is opened again.
+      if (!(error instanceof FsError)) throw error;
+      return;
+    }
     numbers[number.DATA_CLUSTERS] = dataClusters(image);
   });
 }
 
-/** Run `action` on a still image: no writes, everything flushed, caches empty of changes before and after. */
-export async function still<T>(image: Image, action: () => Promise<T>): Promise<T> {
+/** Steps that take back what an operation has done so far, in the order of what it did. */
+type Undo = (() => void | Promise<void>)[];
+
+/**
+ * Run `action` on a still image: no writes, everything flushed, caches empty of changes before and after. If it fails,
+ * what is in `undo` is run, the last first; behind the switch of a header there must be nothing left in it.
+ */
+export async function still<T>(image: Image, action: (undo: Undo) => Promise<T>): Promise<T> {
   image.checkUsable();
   closeGate(image);
+  const undo: Undo = [];
   try {
     beforeData(image);
     flush(image);
@@ -291,11 +290,48 @@ export async function still<T>(image: Image, action: () => Promise<T>): Promise<
     } finally {
       image.unlock();
     }
-    const result = await action();
-    settle(image);
+    const result = await action(undo);
+    // What is durable has been done, even if tidying up fails: that flush is the last one, and the next write says so.
+    orLeave(() => settle(image));
     return result;
+  } catch (error) {
+    await takeBack(image, undo);
+    throw error;
   } finally {
     openGate(image);
+  }
+}
+
+async function takeBack(image: Image, undo: Undo): Promise<void> {
+  // The mark of the session stays then: the next opener counts anew.
+  if (isFailed(image)) return;
+  for (const step of undo.toReversed()) {
+    try {
+      await step();
+    } catch {
+      // The error to tell is the one before.
+      countsTooHigh(image);
+    }
+  }
+  orLeave(() => settle(image));
+}
+
+/** Run `action` where its failure must not hide what happened before; a bug still shows. */
+function orLeave(action: () => void): void {
+  try {
+    action();
+  } catch (error) {
+    if (!(error instanceof FsError)) throw error;
+  }
+}
+
+/** What follows on a switched header is not taken back: if it fails, clusters stay counted that nothing uses. */
+async function afterCommit(image: Image, action: () => Promise<void>): Promise<void> {
+  try {
+    await action();
+  } catch (error) {
+    countsTooHigh(image);
+    throw error;
   }
 }
 
@@ -311,15 +347,6 @@ function settle(image: Image): void {
   }
 }
 
-export function allocateMetadata(image: Image, clusters: number): number {
-  image.lock();
-  try {
-    return allocateTable(image, clusters);
-  } finally {
-    image.unlock();
-  }
-}
-
 export function freeMetadata(image: Image, first: number, clusters: number): void {
   if (clusters === 0) return;
   image.lock();
@@ -330,19 +357,35 @@ export function freeMetadata(image: Image, first: number, clusters: number): voi
   }
 }
 
-/** Write a table to its clusters, the rest of the last one zeros. */
-export function writePadded(image: Image, table: Uint8Array, cluster: number): void {
-  const { clusterBytes } = image.geometry;
-  const padded = new Uint8Array(Math.max(1, Math.ceil(table.length / clusterBytes)) * clusterBytes);
-  padded.set(table);
-  image.file.write(padded, 0, padded.length, cluster * clusterBytes);
-}
-
 interface NewTable {
   readonly cluster: number;
   readonly clusters: number;
   readonly bytes: number;
 }
+
+/** A table in fresh clusters, the rest of the last one zeros. An empty table has no clusters. */
+export function writeNewTable(image: Image, table: Uint8Array): NewTable {
+  const { clusterBytes } = image.geometry;
+  const clusters = Math.ceil(table.length / clusterBytes);
+  if (clusters === 0) return { cluster: 0, clusters: 0, bytes: 0 };
+  const padded = new Uint8Array(clusters * clusterBytes);
+  padded.set(table);
+  image.lock();
+  try {
+    const cluster = allocateTable(image, clusters);
+    try {
+      image.file.write(padded, 0, padded.length, cluster * clusterBytes);
+    } catch (error) {
+      giveBackTable(image, cluster, clusters);
+      throw error;
+    }
+    return { cluster, clusters, bytes: table.length };
+  } finally {
+    image.unlock();
+  }
+}
+
+const freeTable = (image: Image, { cluster, clusters }: NewTable): void => freeMetadata(image, cluster, clusters);
 
 function writeTable(image: Image, entries: readonly SnapshotEntry[]): NewTable {
   const bytes = encodeSnapshotTable(entries);
@@ -352,10 +395,7 @@ function writeTable(image: Image, entries: readonly SnapshotEntry[]): NewTable {
       `${image.file.path}: the snapshot table would be larger than 64 MiB; delete a checkpoint first`,
     );
   }
-  const clusters = Math.ceil(bytes.length / image.geometry.clusterBytes);
-  const cluster = allocateMetadata(image, clusters);
-  writePadded(image, bytes, cluster);
-  return { cluster, clusters, bytes: bytes.length };
+  return writeNewTable(image, bytes);
 }
 
 /** The commit point of every change of the list; everything that the new table needs is durable by then. */
@@ -367,8 +407,7 @@ function switchTable(
 ): void {
   const { clusterBytes } = image.geometry;
   const offset = table === undefined ? 0 : table.cluster * clusterBytes;
-  writeSnapshotTablePosition(image.file, entries.length, offset);
-  image.file.flush();
+  switchHeader(image, () => writeSnapshotTablePosition(image.file, entries.length, offset));
   if (list.tableOffset !== 0) {
     freeMetadata(image, list.tableOffset / clusterBytes, Math.ceil(list.tableBytes / clusterBytes));
   }
@@ -426,7 +465,6 @@ async function dropReferences(
   progress: Progress,
   single: ClusterSet | undefined,
 ): Promise<void> {
-  const { clusterBytes } = image.geometry;
   let canPunch = true;
   let lowest = Number.MAX_SAFE_INTEGER;
   let last = { first: 0, count: 0 };
@@ -437,13 +475,13 @@ async function dropReferences(
     progress,
     ...(single === undefined ? {} : { single }),
     freed: (first, count) => {
-      canPunch = canPunch && image.file.punch(first * clusterBytes, count * clusterBytes);
+      canPunch = canPunch && punch(image, first, count);
       image.setMetadata(first, count, false);
       lowest = Math.min(lowest, first);
       last = { first, count };
     },
   });
-  image.file.flush();
+  barrier(image);
   image.lock();
   try {
     image.numbers[number.FREE_HINT] = Math.min(image.numbers[number.FREE_HINT] as number, lowest);

@@ -2,6 +2,7 @@
  * Persistent bitmaps when the disk is written by a program that does not keep them up: the format has their autoclear bit
  * cleared, after which nobody may use them. Left in the file they would be clusters that no one refers to, so they go.
  */
+import { switchHeader } from './barrier.ts';
 import { bitmapClusterOf, decodeBitmapDirectory } from './bitmap-directory.ts';
 import { encodeHeaderCluster, type Header } from './header.ts';
 import { extensionType } from './header-extensions.ts';
@@ -24,8 +25,7 @@ export function dropBitmaps(image: Image, header: Header, autoclearBits: bigint)
   const ranges = bitmapClusters(image, header);
   const extensions = header.extensions.filter(({ type }) => type !== extensionType.BITMAPS);
   const cluster = encodeHeaderCluster(header, { extensions, autoclear: autoclearBits });
-  image.file.write(cluster, 0, cluster.length, 0);
-  image.file.flush();
+  switchHeader(image, () => image.file.write(cluster, 0, cluster.length, 0));
   for (const { first, count } of ranges) unlink(image, first, count);
 }
 

@@ -4,6 +4,7 @@
  */
 import { FsError } from '../errors.ts';
 import { allocate, giveBack, touchFresh } from './allocator.ts';
+import { countsTooHigh } from './barrier.ts';
 import { beforeData, beforeMetadata } from './first-write.ts';
 import { flush } from './flush.ts';
 import { enterWrite, leaveWrite } from './gate.ts';
@@ -132,6 +133,9 @@ function writeFresh(image: Image, source: Uint8Array, at: number, length: number
     image.lock();
     try {
       link(image, plan, guest, taken);
+    } catch (error) {
+      countsTooHigh(image);
+      throw error;
     } finally {
       image.unlock();
     }

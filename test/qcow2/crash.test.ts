@@ -1,15 +1,14 @@
 /** Every file that a crash may leave opens again with what was promised (DESIGN.md section 4). */
 import fc from 'fast-check';
 import { describe, expect, it } from 'vitest';
-import { checkImage, rebuildRefcounts } from '../../src/qcow2/check.ts';
+import { checkImage } from '../../src/qcow2/check.ts';
 import type { FormatOptions } from '../../src/qcow2/create.ts';
 import { readHeader } from '../../src/qcow2/header.ts';
 import type { Backing } from '../../src/qcow2/image.ts';
-import { isMarked, unmark } from '../../src/qcow2/session-mark.ts';
-import type { Storage } from '../../src/storage/storage.ts';
+import { isMarked } from '../../src/qcow2/session-mark.ts';
 import type { MemoryStorage } from '../storage/memory-storage.ts';
 import { type CrashImage, crashImages, Recorder } from '../storage/recorder.ts';
-import { closeSession, formatted, openSession, patternBacking, qemuCheck } from './model.ts';
+import { closeSession, formatted, openSession, type Pattern, patternBacking, qemuCheck, recover } from './model.ts';
 import {
   type Action,
   after,
@@ -23,14 +22,6 @@ import {
   type Step,
   steps,
 } from './script.ts';
-
-/** As src/disk/open-chain.ts opens an image for writing. */
-function recover(file: Storage): void {
-  const header = readHeader(file);
-  if (!isMarked(header)) return;
-  rebuildRefcounts(file, header);
-  unmark(file);
-}
 
 interface Recording {
   readonly before: MemoryStorage;
@@ -68,8 +59,6 @@ async function record(options: FormatOptions, script: readonly Step[], backing: 
   closeSession(session);
   return { before, recorder, allowed, final: { ...state, versions: state.versions.slice(-1) } };
 }
-
-type Pattern = (Backing & { readonly content: Uint8Array }) | undefined;
 
 /** Open the file as the next mount does, and hold it against the promises. */
 async function expectWhole(

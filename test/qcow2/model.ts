@@ -3,10 +3,12 @@ import { execFileSync } from 'node:child_process';
 import { mkdtempSync, rmSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
+import { rebuildRefcounts } from '../../src/qcow2/check.ts';
 import { type FormatOptions, formatImage } from '../../src/qcow2/create.ts';
 import { readHeader } from '../../src/qcow2/header.ts';
 import type { Backing, Image } from '../../src/qcow2/image.ts';
 import { closeImage, openImage, snapshotList } from '../../src/qcow2/open-image.ts';
+import { isMarked, unmark } from '../../src/qcow2/session-mark.ts';
 import { readSnapshotTable } from '../../src/qcow2/snapshot-table.ts';
 import type { SnapshotList } from '../../src/qcow2/snapshots.ts';
 import type { Storage } from '../../src/storage/storage.ts';
@@ -57,8 +59,19 @@ export function qemuCheck(storage: MemoryStorage): void {
   }
 }
 
+/** As src/disk/open-chain.ts opens an image for writing that the last session left behind. */
+export function recover(file: Storage): void {
+  const header = readHeader(file);
+  if (!isMarked(header)) return;
+  rebuildRefcounts(file, header);
+  unmark(file);
+}
+
+/** A backing file whose bytes are known; undefined: none. */
+export type Pattern = (Backing & { readonly content: Uint8Array }) | undefined;
+
 /** A backing file in memory with recognisable bytes. */
-export function patternBacking(bytes: number, seed = 0x5b): Backing & { readonly content: Uint8Array } {
+export function patternBacking(bytes: number, seed = 0x5b): NonNullable<Pattern> {
   const content = new Uint8Array(bytes).map((_, index) => (index * 31 + seed + Math.floor(index / 512)) & 0xff);
   return {
     content,

@@ -1,0 +1,45 @@
+/** The arrows of the write order (flush.ts), and what follows when one of them fails. */
+import { FsError } from '../errors.ts';
+import type { Image } from './image.ts';
+import { failure, word } from './image.ts';
+
+/**
+ * Run what must not fail: when it does, nobody knows what the file holds, so that no write may follow.
+ * @throws FsError EIO
+ */
+export function attempt(image: Image, action: () => void): void {
+  try {
+    action();
+  } catch (error) {
+    Atomics.compareExchange(image.words, word.FAILED, failure.NONE, failure.FLUSH);
+    throw new FsError('EIO', `${image.file.path}: the changes could not be made durable; it is not written any more`, {
+      cause: error,
+    });
+  }
+}
+
+/** Everything written to the image file before is durable when it returns. */
+export function barrier(image: Image): void {
+  attempt(image, () => image.file.flush());
+}
+
+/**
+ * Change the header by one write, durably. Until it has happened the old structures count, from then on the new ones; if
+ * it fails nobody knows which.
+ */
+export function switchHeader(image: Image, write: () => void): void {
+  attempt(image, () => {
+    write();
+    image.file.flush();
+  });
+}
+
+export const isFailed = (image: Image): boolean => Atomics.load(image.words, word.FAILED) !== failure.NONE;
+
+/**
+ * A change of refcounts was broken off and could not be taken back: clusters may be counted that nothing uses. The mark
+ * of the session stays at its end, so that the next opener counts anew.
+ */
+export function countsTooHigh(image: Image): void {
+  Atomics.store(image.words, word.COUNTS_TOO_HIGH, 1);
+}
