@@ -10,7 +10,7 @@ export interface Contents {
   size(): number;
   read(target: Uint8Array, at: number, length: number, offset: number): void;
   /**
-   * @returns false when the gate is closed (a checkpoint is being taken): nothing was written, ask again after `Disk.whenOpen()`.
+   * @returns false when the gate is closed (a checkpoint is being taken): nothing, or only a part, was written, ask again after `Disk.whenOpen()`.
    * The same holds for discard and writeZeroes.
    */
   write(source: Uint8Array, at: number, length: number, offset: number): boolean;

@@ -5,13 +5,19 @@ import { word } from './image.ts';
 import { ALL_ZEROES, hostOf, isCompressed, isCopied } from './l2-entry.ts';
 import { countData, emptyEntry, ensureOwnL2, type L2Entry, readEntry, writeEntry } from './l2-update.ts';
 import { l2TableAt } from './lookup.ts';
-import { asWriter, beforeOthers, holdsData, readsAsZeros, relieve, unlinkEntry, writePieces } from './write.ts';
+import {
+  asWriter,
+  beforeOthers,
+  holdsData,
+  readsAsZeros,
+  relieve,
+  stepEnd,
+  unlinkEntry,
+  writePieces,
+} from './write.ts';
 
 /** Explicit zeros are written from here. */
 const ZEROS = new Uint8Array(64 * 1024);
-
-/** Clusters changed as one write; far below half of the list of unlinked clusters, which is relieved in between. */
-const STEP_CLUSTERS = 1024;
 
 /** `free`: clusters go back to the host. `keep`: the image's own clusters stay, behind the zero flag. */
 export type ZeroMode = 'free' | 'keep';
@@ -21,11 +27,10 @@ export type ZeroMode = 'free' | 'keep';
  * @returns false when the gate is closed: ask again, doing it twice does no harm
  */
 export function zeroRange(image: Image, guest: number, length: number, mode: ZeroMode): boolean {
-  const { clusterBytes } = image.geometry;
   const end = guest + length;
   let position = guest;
   while (position < end) {
-    const next = Math.min(end, position - (position % clusterBytes) + clusterBytes * STEP_CLUSTERS);
+    const next = Math.min(end, stepEnd(image, position));
     if (!asWriter(image, () => zeroPieces(image, position, next, mode))) return false;
     position = Math.max(next, skipUnmapped(image, next, end));
   }
@@ -34,9 +39,8 @@ export function zeroRange(image: Image, guest: number, length: number, mode: Zer
 
 /** The same for whoever has closed the gate; frees clusters. Does nothing if `end` is not above `guest`. */
 export function zeroStill(image: Image, guest: number, end: number): void {
-  const { clusterBytes } = image.geometry;
   for (let position = guest; position < end; ) {
-    const next = Math.min(end, position - (position % clusterBytes) + clusterBytes * STEP_CLUSTERS);
+    const next = Math.min(end, stepEnd(image, position));
     zeroPieces(image, position, next, 'free');
     relieve(image);
     position = Math.max(next, skipUnmapped(image, next, end));

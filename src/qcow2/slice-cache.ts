@@ -8,7 +8,7 @@ import type { Storage } from '../storage/storage.ts';
 import { hex } from './units.ts';
 
 /** Indexes into a cache's own words. */
-const word = { HAND: 0, DIRTY_COUNT: 1, COUNT: 2 } as const;
+const word = { HAND: 0, DIRTY_COUNT: 1, WRITING_COUNT: 2, COUNT: 3 } as const;
 
 const flag = {
   /** Differs from the file; listed in the dirty list. */
@@ -91,6 +91,11 @@ export class SliceCache {
     return this.#words[word.DIRTY_COUNT] as number;
   }
 
+  /** Slices that cannot make room for others: changed, or on the way to the file. */
+  unevictable(): number {
+    return this.dirtyCount() + (this.#words[word.WRITING_COUNT] as number);
+  }
+
   /**
    * Byte position in `bytes` of the slice at `hostOffset` (a multiple of the slice size), read from the file if needed.
    * Valid until the mutex is released.
@@ -131,11 +136,13 @@ export class SliceCache {
       this.#flags[slot] = ((this.#flags[slot] as number) & ~flag.DIRTY) | flag.WRITING;
     }
     this.#words[word.DIRTY_COUNT] = 0;
+    this.#words[word.WRITING_COUNT] = count;
     return staged;
   }
 
   /** The staged slices have reached the file. */
   written(offsets: readonly number[]): void {
+    this.#words[word.WRITING_COUNT] = 0;
     for (const offset of offsets) {
       const slot = this.#find(offset);
       if (slot >= 0) this.#flags[slot] = (this.#flags[slot] as number) & ~flag.WRITING;

@@ -9,7 +9,7 @@ import { beforeData, beforeMetadata } from './first-write.ts';
 import { flush } from './flush.ts';
 import { enterWrite, leaveWrite } from './gate.ts';
 import type { Image } from './image.ts';
-import { word } from './image.ts';
+import { UNLINKED_CAPACITY, word } from './image.ts';
 import type { Kind } from './l2-entry.ts';
 import {
   COPIED,
@@ -34,11 +34,33 @@ const STEP_BYTES = 2 * 2 ** 20;
 
 /**
  * Write `source[at, at + length)` at `guest`. The range must lie inside the disk.
- * @returns false when the gate is closed: nothing was written
+ * @returns false when the gate is closed: ask again, writing a part of it twice does no harm
  * @throws FsError ENOSPC, EIO; what was written before the failing piece stays
  */
 export function writeRange(image: Image, source: Uint8Array, at: number, length: number, guest: number): boolean {
-  return asWriter(image, () => writePieces(image, source, at, length, guest));
+  const end = guest + length;
+  let from = guest;
+  while (from < end) {
+    const to = Math.min(end, stepEnd(image, from));
+    if (!asWriter(image, () => writePieces(image, source, at + (from - guest), to - from, from))) return false;
+    from = to;
+  }
+  return true;
+}
+
+/**
+ * How far a change that begins at `guest` may go before memory is relieved: all threads together must not fill more than
+ * a quarter of the L2 cache and of the list of unlinked clusters. More than any request, but for tiny clusters or caches.
+ */
+export function stepEnd(image: Image, guest: number): number {
+  const { clusterBytes, sliceBytes, l2EntryBytes } = image.geometry;
+  const threads = image.words[word.THREADS] as number;
+  const slices = Math.max(1, Math.floor(image.l2.slots / (4 * threads)));
+  const clusters = Math.min(
+    (slices * sliceBytes) / l2EntryBytes,
+    Math.max(1, Math.floor(UNLINKED_CAPACITY / (4 * threads))),
+  );
+  return guest - (guest % clusterBytes) + clusters * clusterBytes;
 }
 
 /** Run `action` as one of the image's writers; afterwards flush if too much has gathered in memory. */
@@ -59,7 +81,7 @@ export function asWriter(image: Image, action: () => void): boolean {
 
 /** Changed slices must not fill the cache, nor unlinked clusters their list. Outside of any operation. */
 export function relieve(image: Image): void {
-  if (image.l2.dirtyCount() > image.l2.slots / 2 || unlinkedIsLong(image)) flush(image);
+  if (image.l2.unevictable() > image.l2.slots / 4 || unlinkedIsLong(image)) flush(image);
 }
 
 /** The write proper, for callers that are writers already. */

@@ -1,0 +1,39 @@
+import { describe, expect, it } from 'vitest';
+import { zeroRange } from '../../src/qcow2/discard.ts';
+import { readRange } from '../../src/qcow2/read.ts';
+import { takeSnapshot } from '../../src/qcow2/snapshots.ts';
+import { writeRange } from '../../src/qcow2/write.ts';
+import { closeSession, formatted, openSession, qemuCheck } from './model.ts';
+
+const MIB = 2 ** 20;
+
+describe('a change of more tables than fit into the cache', () => {
+  it.each([
+    ['write', 16 * MIB],
+    ['write', 4 * MIB],
+  ])('is done in steps: %s of %i bytes', (_name, length) => {
+    const storage = formatted({ size: 32 * MIB, clusterBytes: 512 });
+    const session = openSession(storage);
+    const bytes = new Uint8Array(length).map((_, index) => 1 + (index % 251));
+    expect(writeRange(session.image, bytes, 0, length, 12_345)).toBe(true);
+    const found = new Uint8Array(length);
+    readRange(session.image, undefined, found, 0, length, 12_345);
+    expect(Buffer.compare(found, bytes)).toBe(0);
+    closeSession(session);
+    qemuCheck(storage);
+  });
+
+  it('is done in steps: copy on write, then a discard, each unlinking more clusters than are noted at a time', async () => {
+    const storage = formatted({ size: 32 * MIB, clusterBytes: 512 });
+    const session = openSession(storage);
+    const bytes = new Uint8Array(12 * MIB).fill(1);
+    expect(writeRange(session.image, bytes, 0, bytes.length, 0)).toBe(true);
+    await takeSnapshot(session.image, session.list, { name: 's', timeMs: 0 }, () => {});
+    // Every second cluster, so that no two can be noted as one.
+    for (let at = 0; at < bytes.length; at += 1024) writeRange(session.image, bytes, 0, 512, at);
+    expect(writeRange(session.image, bytes, 0, bytes.length, 0)).toBe(true);
+    expect(zeroRange(session.image, 0, 32 * MIB, 'free')).toBe(true);
+    closeSession(session);
+    qemuCheck(storage);
+  });
+});
