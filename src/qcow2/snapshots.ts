@@ -3,7 +3,7 @@
  * image: the snapshot table is written anew to fresh clusters, complete and durable, before one write of the header
  * switches to it; refcounts are up before that, and go down after.
  */
-import { FsError } from '../errors.ts';
+import { CorruptImage, FsError } from '../errors.ts';
 import { allocateTable, giveBackTable } from './allocator.ts';
 import { barrier, countsTooHigh, isFailed, switchHeader } from './barrier.ts';
 import { dataClusters } from './data-clusters.ts';
@@ -214,6 +214,11 @@ export async function applySnapshot(image: Image, entry: SnapshotEntry, progress
     const snapshotL1 = readSnapshotL1(image, entry);
     // The snapshot's table may be longer (VM state) or shorter (the rest is unallocated) than its disk.
     const l1Entries = Math.max(1, l1EntriesForSize(image, entry.virtualSize));
+    if (l1Entries * 8 > limits.L1_BYTES) {
+      throw new CorruptImage(
+        `${image.file.path}: snapshot ${entry.id} claims a disk of ${entry.virtualSize} bytes, more than the image can map; run vdskfs check on it`,
+      );
+    }
     const stored = l2Tables(snapshotL1.view, Math.min(snapshotL1.entries, l1Entries));
     const after = [...stored, ...new Array<number>(l1Entries - stored.length).fill(0)];
     const oldEntries = numbers[number.L1_ENTRIES] as number;
