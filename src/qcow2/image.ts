@@ -83,7 +83,7 @@ export const failure = {
 export const UNLINKED_CAPACITY = 16384;
 
 /** Bits of the metadata map: clusters above are not covered (16 TiB with 64 KiB clusters). */
-const METADATA_MAP_CLUSTERS = 2 ** 28;
+export const METADATA_MAP_CLUSTERS = 2 ** 28;
 
 export interface ImageSizes {
   readonly l1Capacity: number;

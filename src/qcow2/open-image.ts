@@ -7,7 +7,16 @@ import { flush } from './flush.ts';
 import { closeGate } from './gate.ts';
 import { geometryOf } from './geometry.ts';
 import { type Header, limits } from './header.ts';
-import { type Backing, failure, Image, type ImageSizes, number, type SharedImage, word } from './image.ts';
+import {
+  type Backing,
+  failure,
+  Image,
+  type ImageSizes,
+  METADATA_MAP_CLUSTERS,
+  number,
+  type SharedImage,
+  word,
+} from './image.ts';
 import { hostOf } from './l2-entry.ts';
 import { refcountTableEntries } from './refcounts.ts';
 import { isMarked } from './session-mark.ts';
@@ -112,7 +121,9 @@ function markMetadata(image: Image, options: OpenImageOptions): void {
     }
     const first = offset / clusterBytes;
     const count = Math.ceil(bytes / clusterBytes);
-    for (let cluster = first; cluster < first + count; cluster++) {
+    // No further than the map goes: tens of thousands of snapshots may each claim the largest of tables.
+    const end = Math.min(first + count, METADATA_MAP_CLUSTERS);
+    for (let cluster = first; cluster < end; cluster++) {
       if (image.isMetadata(cluster)) {
         throw new CorruptImage(
           `${image.file.path}: the ${what} at ${hex(offset)} overlaps other metadata; run vdskfs check on it`,
