@@ -85,13 +85,21 @@ function adjacent(image: Image, count: number): number {
 
 /** A table larger than one refcount block counts: in the range behind all blocks, where nothing is used. */
 function pastAllBlocks(image: Image, count: number): number {
+  const blocks = blocksFor(image, count);
+  let block = blocksEnd(image);
+  while (block + blocks > refcountTableEntries(image)) {
+    growRefcountTable(image);
+    // It has put its own blocks behind the old table's range.
+    block = blocksEnd(image);
+  }
+  return createRefcountBlocks(image, block, blocks, count);
+}
+
+/** One past the last entry of the refcount table that has a block. */
+function blocksEnd(image: Image): number {
   let block = refcountTableEntries(image);
   while (block > 0 && refcountBlockOf(image, (block - 1) * image.geometry.refcountsPerBlock) === 0) block--;
-  const blocks = blocksFor(image, count);
-  while (block + blocks > refcountTableEntries(image)) growRefcountTable(image);
-  // Growing puts its own structures where the blocks ended.
-  while (refcountBlockOf(image, block * image.geometry.refcountsPerBlock) !== 0) block++;
-  return createRefcountBlocks(image, block, blocks, count);
+  return block;
 }
 
 /** Blocks needed to count themselves and `count` clusters behind them. */
