@@ -135,32 +135,47 @@ describe('clusters never written', () => {
   });
 });
 
-describe('a refcount block that cannot be made', () => {
-  it.each([0, 1, 2])('since change %i fails, is made by the next allocation', (at) => {
+describe('refcount structures that cannot be made', () => {
+  const TABLE_END = 64 * PER_BLOCK;
+
+  /** Whether the allocation behind `last` failed at its change number `at`; what follows is as if it had not, or refused. */
+  function failsAt(last: number, at: number): boolean {
     const storage = formatted(OPTIONS);
     const recorder = new Recorder(storage);
     const session = openSession(recorder);
     const { image } = session;
     beforeMetadata(image);
-    const taken: number[] = [];
-    for (;;) {
-      const { first } = allocate(image, 1);
-      taken.push(first);
-      if (first === PER_BLOCK - 1) break;
-    }
-    // The changed counts of the first block are not what fails here.
+    const taken: { first: number; count: number }[] = [];
+    while ((taken.at(-1)?.first ?? 0) < last) taken.push(allocate(image, 1));
+    // The changed counts of the blocks that exist are not what fails here.
     image.refcounts.writeDirty();
     recorder.fail({ at, how: 'ENOSPC' });
-    // The second change is the barrier: nobody writes any more when that fails.
-    expect(() => allocate(image, 1)).toThrow(expect.objectContaining({ errno: at === 1 ? 'EIO' : 'ENOSPC' }));
-    if (at === 1) {
-      expect(() => image.checkUsable()).toThrow(/not written any more/);
-      return;
+    let failed = false;
+    try {
+      taken.push(allocate(image, 1));
+    } catch (error) {
+      failed = true;
+      expect(error).toMatchObject({ errno: expect.stringMatching(/ENOSPC|EIO/) });
+      if ((error as { errno: string }).errno === 'EIO') {
+        // A barrier, or the header: nobody writes any more.
+        expect(() => image.checkUsable()).toThrow(/not written any more/);
+        return true;
+      }
+      taken.push(allocate(image, 1));
     }
-    expect(allocate(image, 1)).toEqual({ first: PER_BLOCK + 1, count: 1 });
-    giveBack(image, PER_BLOCK + 1, 1);
-    for (const cluster of taken) giveBack(image, cluster, 1);
+    recorder.fail(undefined);
+    for (const { first, count } of taken) giveBack(image, first, count);
     closeSession(session);
     qemuCheck(storage);
+    return failed;
+  }
+
+  it.each([
+    ['a refcount block', PER_BLOCK - 1, 3],
+    ['a larger refcount table', TABLE_END - 1, 5],
+  ])('%s: the next allocation makes it, or the image is not written any more', (_what, last, changes) => {
+    let at = 0;
+    while (failsAt(last, at)) at++;
+    expect(at).toBe(changes);
   });
 });
