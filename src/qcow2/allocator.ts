@@ -153,15 +153,17 @@ function firstZero(slice: Uint8Array, cluster: number, end: number, perSlice: nu
 
 /**
  * New refcount blocks stand at the start of the range that they count, all of which is free, and count themselves and
- * the `count` clusters behind them. They are durable before the table refers to them: a lost block would make used
- * clusters look free.
+ * the `count` clusters behind them. In version 2 they are durable before the table refers to them: a lost block would
+ * make used clusters look free.
  * @returns the first cluster behind the blocks
  */
 function createRefcountBlocks(image: Image, block: number, blocks: number, count: number): number {
   const { clusterBytes, refcountsPerBlock } = image.geometry;
   const first = block * refcountsPerBlock;
   writeRefcountBlocks(image, first, blocks, count);
-  barrier(image);
+  // Version 3 counts anew after a crash (the dirty bit is durable by now), so that a lost block harms nothing there; and
+  // this barrier would wait for all data that was written since the last one, with the mutex held.
+  if (image.geometry.version < 3) barrier(image);
   const entries = new Uint8Array(blocks * 8);
   const view = new DataView(entries.buffer);
   for (let index = 0; index < blocks; index++) view.setBigUint64(index * 8, BigInt((first + index) * clusterBytes));

@@ -139,8 +139,8 @@ describe('refcount structures that cannot be made', () => {
   const TABLE_END = 64 * PER_BLOCK;
 
   /** Whether the allocation behind `last` failed at its change number `at`; what follows is as if it had not, or refused. */
-  function failsAt(last: number, at: number): boolean {
-    const storage = formatted(OPTIONS);
+  function failsAt(version: 2 | 3, last: number, at: number): boolean {
+    const storage = formatted({ ...OPTIONS, version });
     const recorder = new Recorder(storage);
     const session = openSession(recorder);
     const { image } = session;
@@ -171,11 +171,15 @@ describe('refcount structures that cannot be made', () => {
   }
 
   it.each([
-    ['a refcount block', PER_BLOCK - 1, 3],
-    ['a larger refcount table', TABLE_END - 1, 5],
-  ])('%s: the next allocation makes it, or the image is not written any more', (_what, last, changes) => {
-    let at = 0;
-    while (failsAt(last, at)) at++;
-    expect(at).toBe(changes);
-  });
+    ['a refcount block', 3, PER_BLOCK - 1, 2],
+    ['a refcount block, durable before it is referred to', 2, PER_BLOCK - 1, 3],
+    ['a larger refcount table', 3, TABLE_END - 1, 5],
+  ] as const)(
+    '%s: the next allocation makes it, or the image is not written any more',
+    (_what, version, last, changes) => {
+      let at = 0;
+      while (failsAt(version, last, at)) at++;
+      expect(at).toBe(changes);
+    },
+  );
 });
