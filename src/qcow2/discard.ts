@@ -1,20 +1,12 @@
 /** Making guest bytes read as zeros, by the tables where whole clusters are covered. */
 import { beforeMetadata } from './first-write.ts';
+import { relieve } from './flush.ts';
 import type { Image } from './image.ts';
 import { word } from './image.ts';
 import { ALL_ZEROES, hostOf, isCompressed, isCopied } from './l2-entry.ts';
 import { countData, emptyEntry, ensureOwnL2, type L2Entry, readEntry, writeEntry } from './l2-update.ts';
 import { l2TableAt } from './lookup.ts';
-import {
-  asWriter,
-  beforeOthers,
-  holdsData,
-  readsAsZeros,
-  relieve,
-  stepEnd,
-  unlinkEntry,
-  writePieces,
-} from './write.ts';
+import { asWriter, beforeOthers, holdsData, readsAsZeros, stepEnd, unlinkEntry, writePieces } from './write.ts';
 
 /** Explicit zeros are written from here. */
 const ZEROS = new Uint8Array(64 * 1024);

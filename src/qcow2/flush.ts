@@ -15,7 +15,9 @@ import { punchFreed, truncateTail } from './give-back.ts';
 import type { Image } from './image.ts';
 import { number, word } from './image.ts';
 import { lock, unlock } from './mutex.ts';
-import { changeRefcount, refcountOf } from './refcounts.ts';
+import { changeRefcount, RefcountCursor } from './refcounts.ts';
+import type { ClusterSet } from './references.ts';
+import { unlinkedIsLong } from './unlinked.ts';
 
 /**
  * Everything that was written before the call is durable when it returns. Several callers share one flush.
@@ -40,6 +42,11 @@ export function flush(image: Image): void {
   } finally {
     unlock(words, word.FLUSH_MUTEX);
   }
+}
+
+/** Changed slices must not fill the cache, nor unlinked clusters their list. Outside of any operation. */
+export function relieve(image: Image): void {
+  if (image.l2.unevictable() > image.l2.slots / 4 || unlinkedIsLong(image)) flush(image);
 }
 
 function isClean(image: Image): boolean {
@@ -136,15 +143,27 @@ export function waitForEarlierReads(image: Image, epoch: number): void {
   }
 }
 
-/** Lower the refcounts; what falls to 0 goes back to the host first, and is free for everyone after that. */
-function releaseClusters(image: Image, ranges: readonly { first: number; count: number }[]): void {
+export interface ClusterRange {
+  readonly first: number;
+  readonly count: number;
+}
+
+/**
+ * Lower the refcounts; what falls to 0 goes back to the host first, and is free for everyone after that.
+ * @param single collects the clusters whose refcount came to be exactly 1
+ */
+export function releaseClusters(image: Image, ranges: readonly ClusterRange[], single?: ClusterSet): void {
   const freed: { first: number; count: number }[] = [];
   image.lock();
   try {
+    const counts = new RefcountCursor(image);
     for (const { first, count } of ranges) {
       for (let cluster = first; cluster < first + count; cluster++) {
-        if (refcountOf(image, cluster) !== 1) {
-          changeRefcount(image, cluster, -1);
+        const before = counts.get(cluster);
+        if (before === 0) throw image.fail(`host cluster ${cluster} is in use but its refcount is 0`);
+        if (before > 1) {
+          counts.set(cluster, before - 1);
+          if (before === 2) single?.add(cluster);
           continue;
         }
         const last = freed.at(-1);

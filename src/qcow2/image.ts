@@ -140,6 +140,7 @@ function layout(geometry: Geometry, sizes: ImageSizes) {
     unlinked: part(writable ? UNLINKED_CAPACITY * 16 : 0),
     l1: part(sizes.l1Capacity * 8),
     refcountTable: part(writable ? sizes.refcountTableCapacity * 8 : 0),
+    toShare: part(writable ? sizes.l1Capacity / 8 : 0),
     metadataMap: part(writable ? METADATA_MAP_CLUSTERS / 8 : 0),
     l2: part(cacheBytes(sizes.l2Slots, geometry.sliceBytes)),
     refcounts: part(writable ? cacheBytes(sizes.refcountSlots, geometry.sliceBytes) : 0),
@@ -158,6 +159,8 @@ export class Image {
   /** The active L1 table as in the file: big endian. */
   readonly l1: DataView;
   readonly refcountTable: DataView;
+  /** One bit per L1 entry: a snapshot shares its table, which the refcounts do not tell yet (sharing.ts). */
+  readonly toShare: Uint8Array;
   /** One bit per host cluster: the engine's own metadata, never to be written as data. */
   readonly metadataMap: Uint8Array;
   readonly l2: SliceCache;
@@ -192,6 +195,7 @@ export class Image {
       at.refcountTable,
       geometry.writable ? sizes.refcountTableCapacity * 8 : 0,
     );
+    this.toShare = new Uint8Array(memory, at.toShare, geometry.writable ? sizes.l1Capacity / 8 : 0);
     this.metadataMap = new Uint8Array(memory, at.metadataMap, geometry.writable ? METADATA_MAP_CLUSTERS / 8 : 0);
     const { sliceBytes } = geometry;
     this.l2 = new SliceCache(

@@ -4,6 +4,7 @@ import type { Image } from './image.ts';
 import { number } from './image.ts';
 import { COPIED, isCopied } from './l2-entry.ts';
 import { l2TableAt } from './lookup.ts';
+import { shareTable } from './sharing.ts';
 import { highHalf, lowHalf } from './units.ts';
 import { unlink } from './unlinked.ts';
 
@@ -16,6 +17,7 @@ export function ensureOwnL2(image: Image, l1Index: number): void {
   const { clusterBytes } = image.geometry;
   const old = l2TableAt(image, undefined, l1Index);
   if (old !== 0 && isCopied(image.l1.getUint32(l1Index * 8))) return;
+  if (old !== 0) shareTable(image, l1Index);
   const cluster = allocateTable(image, 1);
   const host = cluster * clusterBytes;
   const table = new Uint8Array(clusterBytes);
@@ -47,7 +49,10 @@ export interface L2Entry {
 
 export const emptyEntry = (): L2Entry => ({ high: 0, low: 0, zero: 0, allocated: 0 });
 
-/** Read the entry of the guest cluster that starts at `guest` into `entry`; all zeros without a table. */
+/**
+ * Read the entry of the guest cluster that starts at `guest` into `entry`; all zeros without a table. What a shared table
+ * refers to is shared as well, also while the entries do not say so yet (sharing.ts).
+ */
 export function readEntry(image: Image, guest: number, entry: L2Entry): void {
   const at = entryPosition(image, guest);
   if (at < 0) {
@@ -55,7 +60,8 @@ export function readEntry(image: Image, guest: number, entry: L2Entry): void {
     return;
   }
   const { view } = image.l2;
-  entry.high = view.getUint32(at);
+  const ownTable = isCopied(image.l1.getUint32(Math.floor(guest / image.geometry.l2SpanBytes) * 8));
+  entry.high = ownTable ? view.getUint32(at) : (view.getUint32(at) & ~COPIED) >>> 0;
   entry.low = view.getUint32(at + 4);
   entry.zero = image.geometry.unitsPerCluster === 1 ? 0 : view.getUint32(at + 8);
   entry.allocated = image.geometry.unitsPerCluster === 1 ? 0 : view.getUint32(at + 12);

@@ -68,3 +68,41 @@ export function changeRefcount(image: Image, cluster: number, delta: number): nu
 /** The slice at a byte position of the refcount cache. */
 export const sliceAt = (image: Image, position: number): Uint8Array =>
   image.refcounts.bytes.subarray(position, position + image.geometry.sliceBytes);
+
+/**
+ * Counts of many clusters, one after another: the slice is looked up only when the next cluster is in another one. With
+ * the mutex held for as long as it is used.
+ */
+export class RefcountCursor {
+  readonly #image: Image;
+  readonly #perSlice: number;
+  readonly #order: number;
+  #index = -1;
+  #position = -1;
+  #slice: Uint8Array = new Uint8Array();
+
+  constructor(image: Image) {
+    this.#image = image;
+    this.#perSlice = countsPerSlice(image);
+    this.#order = image.geometry.refcountOrder;
+  }
+
+  /** @throws CorruptImage if nothing counts the cluster: it is in use */
+  get(cluster: number): number {
+    const index = Math.floor(cluster / this.#perSlice);
+    if (index !== this.#index) {
+      const position = loadCounts(this.#image, cluster);
+      if (position < 0) throw this.#image.fail(`host cluster ${cluster} is in use but has no refcount`);
+      this.#index = index;
+      this.#position = position;
+      this.#slice = sliceAt(this.#image, position);
+    }
+    return getRefcount(this.#slice, cluster % this.#perSlice, this.#order);
+  }
+
+  /** Of the cluster that `get` was called for last. */
+  set(cluster: number, count: number): void {
+    setRefcount(this.#slice, cluster % this.#perSlice, this.#order, count);
+    this.#image.refcounts.markDirty(this.#position);
+  }
+}

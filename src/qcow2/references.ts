@@ -92,11 +92,11 @@ async function eachTable(
 }
 
 /** Host cluster of an entry that is not compressed. */
-const clusterOf = (high: number, low: number, clusterBits: number, highUnit: number): number =>
+export const clusterOf = (high: number, low: number, clusterBits: number, highUnit: number): number =>
   (high & 0x00ff_ffff) * highUnit + (low >>> clusterBits);
 
 /** Clusters that 2^32 bytes have: what one in the high half stands for. Raised to the power once, not per entry. */
-const highUnitOf = (clusterBits: number): number => 2 ** (32 - clusterBits);
+export const highUnitOf = (clusterBits: number): number => 2 ** (32 - clusterBits);
 
 function countTable(image: Image, view: DataView, counts: Counts): void {
   const { clusterBytes, clusterBits, l2EntryBytes, externalData } = image.geometry;

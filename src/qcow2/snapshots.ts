@@ -27,6 +27,7 @@ import {
   type Progress,
   setCopied,
 } from './references.ts';
+import { beginSharing, canShareLater, dropMapping, finishSharing } from './sharing.ts';
 import {
   encodeSnapshotTable,
   MAX_SNAPSHOT_TABLE_BYTES,
@@ -79,14 +80,13 @@ export async function takeSnapshot(
   progress: Progress,
 ): Promise<SnapshotEntry> {
   checkPossible(image, list);
-  return still(image, async (undo) => {
-    const { numbers, geometry } = image;
-    const { clusterBytes } = geometry;
-    const virtualSize = image.virtualSize();
+  const entries = (): number =>
     // An empty disk has no entries, and its snapshots have no table.
-    const l1Entries = Math.min(numbers[number.L1_ENTRIES] as number, l1EntriesForSize(image, virtualSize));
-    const tables = l2Tables(image.l1, l1Entries);
-
+    Math.min(image.numbers[number.L1_ENTRIES] as number, l1EntriesForSize(image, image.virtualSize()));
+  const later = await canShareLater(image, l2Tables(image.l1, entries()));
+  const taken = await still(image, async (undo) => {
+    const { clusterBytes } = image.geometry;
+    const l1Entries = entries();
     const l1 = writeNewTable(image, activeL1(image, l1Entries, false));
     undo.push(() => freeTable(image, l1));
     const entry = newSnapshotEntry({
@@ -96,23 +96,35 @@ export async function takeSnapshot(
       name: fields.name,
       seconds: Math.floor(fields.timeMs / 1000),
       nanoseconds: Math.floor(fields.timeMs % 1000) * 1_000_000,
-      virtualSize,
+      virtualSize: image.virtualSize(),
     });
     const next = [...list.entries, entry];
     const table = writeTable(image, next);
     undo.push(() => freeTable(image, table));
     settle(image);
-    await changeReferences(image, { tables, others: [], delta: 1, progress: (part) => progress(part * 0.6) });
-    undo.push(() => unshare(image, tables, l1Entries));
-    barrier(image);
-    await clearCopied(image, tables, (part) => progress(0.6 + part * 0.4));
-    shareL1(image, l1Entries);
-    storeActiveL1(image, l1Entries);
-    barrier(image);
+    if (!later) await shareStill(image, l1Entries, undo, progress);
     switchTable(image, list, next, table);
     undo.length = 0;
+    if (later) beginSharing(image, l1Entries);
     return entry;
   });
+  if (later) {
+    await finishSharing(image, taken.l1Entries, progress);
+    flush(image);
+  }
+  return taken;
+}
+
+/** Share the live mapping with a snapshot that is about to be, in one sweep behind the closed gate. Durable. */
+async function shareStill(image: Image, l1Entries: number, undo: Undo, progress: Progress): Promise<void> {
+  const tables = l2Tables(image.l1, l1Entries);
+  await changeReferences(image, { tables, others: [], delta: 1, progress: (part) => progress(part * 0.6) });
+  undo.push(() => unshare(image, tables, l1Entries));
+  barrier(image);
+  await clearCopied(image, tables, (part) => progress(0.6 + part * 0.4));
+  shareL1(image, l1Entries);
+  storeActiveL1(image, l1Entries);
+  barrier(image);
 }
 
 /** Take the references of a snapshot back that did not come to be. */
@@ -160,29 +172,17 @@ export async function deleteSnapshot(
   progress: Progress,
 ): Promise<void> {
   const { clusterBytes } = image.geometry;
+  const snapshotL1 = readSnapshotL1(image, entry);
   await still(image, async () => {
-    const snapshotL1 = readSnapshotL1(image, entry);
     const next = list.entries.filter((other) => other !== entry);
     const table = next.length === 0 ? undefined : writeTable(image, next);
     settle(image);
     switchTable(image, list, next, table);
-    await afterCommit(image, async () => {
-      settle(image);
-      const single = new ClusterSet(countedClusters(image));
-      await dropReferences(
-        image,
-        l2Tables(snapshotL1.view, snapshotL1.entries),
-        { first: entry.l1TableOffset / clusterBytes, count: Math.ceil((entry.l1Entries * 8) / clusterBytes) },
-        (part) => progress(part * 0.7),
-        single,
-      );
-      const l1Entries = image.numbers[number.L1_ENTRIES] as number;
-      const active = l2Tables(image.l1, l1Entries);
-      await setCopied(image, active, single, (part) => progress(0.7 + part * 0.3));
-      ownL1(image, active, single);
-      storeActiveL1(image, l1Entries);
-      barrier(image);
-    });
+  });
+  await afterCommit(image, async () => {
+    const l1 = { first: entry.l1TableOffset / clusterBytes, count: Math.ceil((entry.l1Entries * 8) / clusterBytes) };
+    await dropMapping(image, snapshotL1, l1, progress);
+    flush(image);
   });
 }
 
@@ -262,7 +262,6 @@ export async function applySnapshot(image: Image, entry: SnapshotEntry, progress
           dropped,
           { first: oldOffset / clusterBytes, count: Math.ceil((oldEntries * 8) / clusterBytes) },
           (part) => progress(0.6 + part * 0.4),
-          undefined,
         );
         settle(image);
       });
@@ -283,7 +282,8 @@ type Undo = (() => void | Promise<void>)[];
  * what is in `undo` is run, the last first; behind the switch of a header there must be nothing left in it.
  */
 export async function still<T>(image: Image, action: (undo: Undo) => Promise<T>): Promise<T> {
-  image.checkUsable();
+  // Most of what writers have left goes out while they go on; behind the closed gate there is little to wait for.
+  flush(image);
   closeGate(image);
   const undo: Undo = [];
   try {
@@ -468,7 +468,6 @@ async function dropReferences(
   tables: readonly number[],
   l1: { readonly first: number; readonly count: number },
   progress: Progress,
-  single: ClusterSet | undefined,
 ): Promise<void> {
   let canPunch = true;
   let lowest = Number.MAX_SAFE_INTEGER;
@@ -478,7 +477,6 @@ async function dropReferences(
     others: l1.count === 0 ? [] : [l1],
     delta: -1,
     progress,
-    ...(single === undefined ? {} : { single }),
     freed: (first, count) => {
       canPunch = canPunch && punch(image, first, count);
       image.setMetadata(first, count, false);

@@ -6,7 +6,7 @@ import { FsError } from '../errors.ts';
 import { allocate, giveBack, touchFresh } from './allocator.ts';
 import { countsTooHigh } from './barrier.ts';
 import { beforeData, beforeMetadata } from './first-write.ts';
-import { flush } from './flush.ts';
+import { relieve } from './flush.ts';
 import { enterWrite, leaveWrite } from './gate.ts';
 import type { Image } from './image.ts';
 import { UNLINKED_CAPACITY, word } from './image.ts';
@@ -27,7 +27,7 @@ import { countData, emptyEntry, ensureOwnL2, type L2Entry, readEntry, writeEntry
 import { lookup } from './lookup.ts';
 import { readRange } from './read.ts';
 import { highHalf, lowHalf } from './units.ts';
-import { unlink, unlinkedIsLong } from './unlinked.ts';
+import { unlink } from './unlinked.ts';
 
 /** Clusters allocated in one step at most. */
 const STEP_BYTES = 2 * 2 ** 20;
@@ -77,11 +77,6 @@ export function asWriter(image: Image, action: () => void): boolean {
   }
   relieve(image);
   return true;
-}
-
-/** Changed slices must not fill the cache, nor unlinked clusters their list. Outside of any operation. */
-export function relieve(image: Image): void {
-  if (image.l2.unevictable() > image.l2.slots / 4 || unlinkedIsLong(image)) flush(image);
 }
 
 /** The write proper, for callers that are writers already. */

@@ -257,6 +257,12 @@ interface Variant {
 
 const variants: readonly Variant[] = [
   { name: 'clusters of 64 KiB', format: {}, cacheBytes: 2 ** 20, seed: 11 },
+  {
+    name: 'clusters of 512 bytes, shared table by table',
+    format: { clusterBytes: 512 },
+    cacheBytes: 2 ** 20,
+    seed: 15,
+  },
   { name: 'clusters of 2 KiB, small caches', format: { clusterBytes: 2048 }, cacheBytes: 0, seed: 12 },
   { name: 'subclusters', format: { clusterBytes: 32768, extendedL2: true }, cacheBytes: 2 ** 20, seed: 13 },
   { name: 'version 2, clusters of 4 KiB', format: { version: 2, clusterBytes: 4096 }, cacheBytes: 2 ** 20, seed: 14 },
