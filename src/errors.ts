@@ -15,6 +15,7 @@ export type Errno =
   | 'ENOENT'
   | 'ENOSPC'
   | 'ENOSYS'
+  | 'ENOTCONN'
   | 'ENOTDIR'
   | 'ENOTEMPTY'
   | 'ENOTSUP'

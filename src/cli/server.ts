@@ -10,7 +10,7 @@ import { unmountCommand } from '../fuse/mount-command.ts';
 import { mountAt } from '../fuse/mount-list.ts';
 import { mountingWay } from '../fuse/mounting.ts';
 import { usersOf } from '../fuse/open-files.ts';
-import { runCommand } from '../fuse/run-command.ts';
+import { runCommand } from '../os/run-command.ts';
 import { createTree, type Tree } from '../tree/tree.ts';
 import type { DriverName } from './driver-name.ts';
 import { exitStatus, sentenceOf } from './failure.ts';

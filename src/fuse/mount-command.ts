@@ -1,8 +1,8 @@
 /** The programs that mount and unmount, and their options: pure, one function per way. */
 
+import type { Command } from '../os/run-command.ts';
 import type { MountOptions } from './driver.ts';
 import { REQUEST_BYTES } from './init.ts';
-import type { Command } from './run-command.ts';
 
 /** Shown behind `fuse.` (Linux) or `fusefs.` (FreeBSD) as the mount's type; how mounts are found again. */
 export const SUBTYPE = 'vdskfs';

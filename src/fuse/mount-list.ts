@@ -3,8 +3,8 @@
 import { readFile, realpath, stat } from 'node:fs/promises';
 import { basename, dirname, join } from 'node:path';
 import { codeOf } from '../os/errno.ts';
+import { runCommand } from '../os/run-command.ts';
 import { SUBTYPE } from './mount-command.ts';
-import { runCommand } from './run-command.ts';
 
 export interface MountEntry {
   readonly mountpoint: string;

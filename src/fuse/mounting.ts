@@ -6,12 +6,12 @@ import { setTimeout as sleep } from 'node:timers/promises';
 import { promisify } from 'node:util';
 import { FsError } from '../errors.ts';
 import { codeOf, fsErrorFrom } from '../os/errno.ts';
+import { type Command, type CommandResult, runCommand } from '../os/run-command.ts';
 import { systemCalls } from '../os/system-calls.ts';
 import type { MountOptions } from './driver.ts';
 import { freebsdMount, fusermountMount, linuxMount, unmountCommand, type Way } from './mount-command.ts';
 import { canonical, findStaleMount, type MountEntry, mountAt } from './mount-list.ts';
 import { usersOf } from './open-files.ts';
-import { type Command, type CommandResult, runCommand } from './run-command.ts';
 
 const openDescriptor = promisify(open);
 const closeDescriptor = promisify(close);

@@ -21,7 +21,12 @@ export interface SaveTarget {
   readonly name: string;
   /** The guest ends when its state is written. */
   readonly suspend: boolean;
-  /** Gives up: the guest is let run again as far as that is possible. */
+  /**
+   * Resolves when `name`, `name.kern` and `name.meta` have all been opened for writing and none of them is open any
+   * more; never rejects, and perhaps never resolves. For guests that do not say themselves when they have finished.
+   */
+  readonly closed: Promise<void>;
+  /** Gives up, with an FsError as its reason: the guest is let run again as far as that is possible. */
   readonly signal: AbortSignal;
 }
 
@@ -40,6 +45,8 @@ export interface GuestIdentity {
 export interface RestoreRequest {
   /** The memory file of the checkpoint, absolute. */
   readonly statePath: string;
+  /** The same file under a name that stays short whatever the checkpoint is called: MOUNT/DISK/.by-id/N/state. */
+  readonly shortStatePath: string;
   /** The live disk, absolute. */
   readonly diskPath: string;
   /** What the checkpoint remembers. */

@@ -42,6 +42,7 @@ const NAMES = [
   'ENOENT',
   'ENOSPC',
   'ENOSYS',
+  'ENOTCONN',
   'ENOTDIR',
   'ENOTEMPTY',
   'ENOTSUP',
