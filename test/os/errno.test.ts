@@ -8,7 +8,16 @@ import { codeOf, errnoName, errnoNumber, errnoTable, fsErrorFrom } from '../../s
 const FREEBSD = {
   ...{ EPERM: 1, ENOENT: 2, EINTR: 4, EIO: 5, ENXIO: 6, EBADF: 9, EACCES: 13, EBUSY: 16, EEXIST: 17, EXDEV: 18 },
   ...{ ENOTDIR: 20, EISDIR: 21, EINVAL: 22, EFBIG: 27, ENOSPC: 28, EROFS: 30, ERANGE: 34, EAGAIN: 35 },
-  ...{ EOPNOTSUPP: 45, ETIMEDOUT: 60, ENAMETOOLONG: 63, ENOTEMPTY: 66, ESTALE: 70, ENOSYS: 78, EOVERFLOW: 84 },
+  ...{
+    EOPNOTSUPP: 45,
+    ENOTCONN: 57,
+    ETIMEDOUT: 60,
+    ENAMETOOLONG: 63,
+    ENOTEMPTY: 66,
+    ESTALE: 70,
+    ENOSYS: 78,
+    EOVERFLOW: 84,
+  },
 };
 
 describe('the table of numbers', () => {
@@ -43,7 +52,7 @@ describe('errno numbers of this host', () => {
     ['ENOLCK', 'ENOTSUP'],
     ['ETXTBSY', 'EBUSY'],
     ['EMFILE', 'EIO'],
-    ['ENOTCONN', 'EIO'],
+    ['ECONNREFUSED', 'EIO'],
   ] as const)('%s becomes %s', (name, expected) => {
     expect(errnoName(constants.errno[name])).toBe(expected);
   });
