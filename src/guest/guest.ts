@@ -76,7 +76,7 @@ export interface Guest extends Disposable {
    */
   save(target: SaveTarget): Promise<void>;
   /**
-   * Check the files that `save` has written against each other. Sizes in bytes; `read` gives a whole file.
+   * Check the files that `save` has written against each other.
    * @throws FsError EIO saying what does not fit
    */
   validate(files: readonly StateFile[]): void;
@@ -103,7 +103,8 @@ export interface Guest extends Disposable {
 export interface StateFile {
   readonly name: string;
   readonly bytes: number;
-  read(): Uint8Array;
+  /** The bytes from `from` (else the first) to before `to` (else the last): memory may be too much to have as a whole. */
+  read(from?: number, to?: number): Uint8Array;
 }
 
 /** Checkpoints that the guest's own process takes and deletes in the image that it holds. */

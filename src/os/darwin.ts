@@ -22,4 +22,6 @@ export const darwin: SystemCalls = {
   socketPair: unknown('socketpair(2) with close-on-exec'),
   send: unknown('sendmsg(2)'),
   receive: unknown('recvmsg(2)'),
+  connectLocal: unknown('a socket with close-on-exec'),
+  peerProcess: () => undefined,
 };

@@ -7,6 +7,7 @@ import { littleEndian, u64 } from '../bytes/record.ts';
 import { FsError } from '../errors.ts';
 import { errnoNumber, fsErrorFrom } from './errno.ts';
 import { addressOf, systemCall } from './library.ts';
+import { AF_UNIX, SOCKET_TYPES } from './local-socket.ts';
 import type { ReceivedMessage, SystemCalls } from './system-calls.ts';
 
 /** What differs between systems, from sys/socket.h. */
@@ -48,8 +49,6 @@ interface ControlHeader {
 /** struct iovec of every 64-bit system. */
 const ioVector = littleEndian('iovec', 16, { base: u64, len: u64 });
 
-const AF_UNIX = 1;
-const SOCKET_TYPES = { stream: 1, datagram: 2, seqpacket: 5 } as const;
 const SCM_RIGHTS = 1;
 /** CMSG_ALIGN (Linux) and _ALIGN (FreeBSD) on 64-bit hosts. */
 const CONTROL_ALIGNMENT = 8;

@@ -3,6 +3,7 @@ import { i64, littleEndian, u32, u64 } from '../bytes/record.ts';
 import { descriptorPassing, type SocketAbi } from './descriptor-passing.ts';
 import { errnoNumber } from './errno.ts';
 import { systemCall } from './library.ts';
+import { AF_UNIX, type LocalSocketAbi, localSockets } from './local-socket.ts';
 import type { SystemCalls } from './system-calls.ts';
 
 /** sys/unistd.h */
@@ -50,6 +51,14 @@ export const freebsdSockets: SocketAbi = {
   MSG_CTRUNC: 0x20,
 };
 
+/** sys/un.h; LOCAL_PEERCRED of SOL_LOCAL and struct xucred of sys/ucred.h, cr_pid behind its 16 groups */
+export const freebsdLocalSockets: LocalSocketAbi = {
+  address: { prefix: (bytes) => [bytes, AF_UNIX], pathBytes: 104 },
+  SOCK_CLOEXEC: 0x10000000,
+  SOCK_NONBLOCK: 0x20000000,
+  peer: { level: 0, name: 1, bytes: 88, pidAt: 80 },
+};
+
 const lseek = systemCall('int64_t lseek(int fd, int64_t offset, int whence)');
 const flock = systemCall('int flock(int fd, int operation)');
 const fspacectl = systemCall('int fspacectl(int fd, int command, void *range, int flags, void *remaining)');
@@ -83,4 +92,5 @@ export const freebsd: SystemCalls = {
   testByte: () => -errnoNumber('ENOTSUP'),
   lockFile: (fd, kind) => flock(fd, FLOCK_OPERATIONS[kind] + LOCK_NB),
   ...descriptorPassing(freebsdSockets),
+  ...localSockets(freebsdLocalSockets),
 };

@@ -3,6 +3,7 @@ import { littleEndian, u16, u32, u64 } from '../bytes/record.ts';
 import { descriptorPassing, type SocketAbi } from './descriptor-passing.ts';
 import { errnoNumber } from './errno.ts';
 import { systemCall } from './library.ts';
+import { AF_UNIX, type LocalSocketAbi, localSockets } from './local-socket.ts';
 import type { ByteLock, SystemCalls } from './system-calls.ts';
 
 /** unistd.h */
@@ -64,6 +65,14 @@ export const linuxSockets: SocketAbi = {
   MSG_CTRUNC: 0x08,
 };
 
+/** linux/un.h, linux/net.h; SO_PEERCRED and struct ucred of asm-generic/socket.h and linux/socket.h */
+export const linuxLocalSockets: LocalSocketAbi = {
+  address: { prefix: () => [AF_UNIX, 0], pathBytes: 108 },
+  SOCK_CLOEXEC: 0x80000,
+  SOCK_NONBLOCK: 0x800,
+  peer: { level: 1, name: 17, bytes: 12, pidAt: 0 },
+};
+
 const lseek = systemCall('int64_t lseek(int fd, int64_t offset, int whence)');
 const fallocate = systemCall('int fallocate(int fd, int mode, int64_t offset, int64_t length)');
 const flock = systemCall('int flock(int fd, int operation)');
@@ -83,4 +92,5 @@ export const linux: SystemCalls = {
   },
   lockFile: (fd, kind) => flock(fd, FLOCK_OPERATIONS[kind] + LOCK_NB),
   ...descriptorPassing(linuxSockets),
+  ...localSockets(linuxLocalSockets),
 };

@@ -43,6 +43,14 @@ export interface SystemCalls {
   /** Two connected sockets of the UNIX domain, both close-on-exec. @throws FsError EIO where descriptors have run out */
   socketPair(type: 'stream' | 'datagram' | 'seqpacket'): readonly [number, number];
   /**
+   * A socket, close-on-exec and non-blocking, connected to the one of the UNIX domain at `path`; the descriptor is the
+   * caller's to close. -EAGAIN where the listener has no room for another connection now (FreeBSD: -ECONNREFUSED).
+   * @throws FsError ENAMETOOLONG
+   */
+  connectLocal(path: string, type: 'stream' | 'datagram' | 'seqpacket'): number;
+  /** The process that listened where this connected stream socket leads; undefined if the system does not tell. */
+  peerProcess(socket: number): number | undefined;
+  /**
    * recvmsg(2) of one message into `target`, with the descriptors that came along.
    * @throws FsError EAGAIN if `wait` is false and there is none; ENOTSUP, EIO …
    */
