@@ -1,4 +1,5 @@
 /** A disk: a chain of images under one name, its checkpoints, and the views of its bytes. */
+import type { GuestIdentity } from '../guest/guest.ts';
 
 /**
  * One thread's access to the bytes of a disk at one moment: the live contents or a checkpoint's. Synchronous;
@@ -33,9 +34,31 @@ export interface SharedContents {
   readonly [key: string]: unknown;
 }
 
+/** `internal`: in the image; `external`: a file of its own, over which the disk goes on. */
+export type CheckpointKind = 'internal' | 'external';
+
+/**
+ * `crash`: as if the power had been cut at that moment; `frozen`: the guest's file systems stood still; `memory`: with
+ * the guest's memory and devices, of the same instant.
+ */
+export type Consistency = 'crash' | 'frozen' | 'memory';
+
+/** What a checkpoint remembers besides the disk. */
+export interface CheckpointDetails {
+  readonly consistency: Consistency;
+  /** Whose memory it holds. */
+  readonly guest?: GuestIdentity | undefined;
+}
+
+/** A file of guest state in a checkpoint: `state` (memory), `state.kern` (devices), `state.meta` (their index). */
+export interface StateFileEntry {
+  readonly name: string;
+  readonly bytes: number;
+}
+
 /** A checkpoint, as `ls` and info.json list it. */
 export interface Checkpoint {
-  readonly kind: 'internal' | 'external';
+  readonly kind: CheckpointKind;
   /** A valid file name, unique on its disk: the real name, or `name~ID` where that cannot be a file name. */
   readonly name: string;
   readonly realName: string;
@@ -51,7 +74,9 @@ export interface Checkpoint {
   readonly vmClockNs: number;
   /** File name of the image that holds it. */
   readonly layer: string;
-  readonly consistency: 'crash' | 'frozen' | 'memory';
+  readonly consistency: Consistency;
+  /** The guest's state, in the order of the files; none where another program took the snapshot. */
+  readonly stateFiles: readonly StateFileEntry[];
 }
 
 /** What `info` tells of the image, in the shape of info.json (INTERFACE.md section 3) without guest and checkpoints. */
@@ -81,6 +106,54 @@ export interface OpenContents extends Disposable {
   readonly shared: SharedContents;
 }
 
+/**
+ * A file of guest state on its way into a checkpoint. Writes may come in any order from several threads and go past
+ * `size()`, which follows the highest byte written; they never wait for the gate. What was not written reads as zeros.
+ */
+export interface StateContents extends Contents {
+  /** Truncate, or grow by zeros. @throws FsError EFBIG */
+  setSize(bytes: number): void;
+}
+
+export interface OpenState extends OpenContents {
+  readonly contents: StateContents;
+}
+
+/**
+ * A checkpoint between its instant and its being seen. Other operations of the disk wait until it is published or
+ * abandoned; reads and writes go on. If the process dies meanwhile nothing of it stays.
+ */
+export interface PendingCheckpoint {
+  /**
+   * A new, empty file of guest state. It can be written from any thread (`attachContents`), and read back; after the
+   * pending checkpoint has ended only disposed of. All-zero clusters take no space.
+   * @throws FsError EEXIST, EINVAL for a name that no state file has
+   */
+  createState(name: string): OpenState;
+  /**
+   * Make it visible, durable. Internal: the state files become one POSIX tar archive in the snapshot's VM-state area;
+   * external: they lie beside the overlay, as NAME.qcow2.state and so on. A failure abandons it.
+   * @throws FsError ENOSPC, EIO, also when a write to a state file had failed
+   */
+  publish(details: CheckpointDetails): Promise<Checkpoint>;
+  /** No trace stays, its clusters are free again. Does nothing after `publish` or another `abandon`. */
+  abandon(): Promise<void>;
+}
+
+export interface TakeOptions {
+  /** `internal` if nothing is said. */
+  readonly kind?: CheckpointKind;
+  /** `crash` if nothing is said. */
+  readonly consistency?: Exclude<Consistency, 'memory'>;
+}
+
+export interface DeleteOptions {
+  /** External: throw away what was written since, instead of merging. */
+  readonly discard?: boolean;
+  /** Breaks a merge off; what has been moved stays moved, and nothing is lost. */
+  readonly signal?: AbortSignal;
+}
+
 export interface Disk {
   /** The image's file name without .qcow2. */
   readonly name: string;
@@ -99,13 +172,22 @@ export interface Disk {
 
   openLive(): OpenContents;
   openCheckpoint(checkpoint: Checkpoint): OpenContents;
-  /** Bytes of VM state of a checkpoint that has it. */
-  openVmState(checkpoint: Checkpoint): OpenContents;
+  /** One of its `stateFiles`. @throws FsError ENOENT if it has none of that name */
+  openState(checkpoint: Checkpoint, name: string): OpenContents;
+  /** What it remembers. Cheap, but not for listings: may read the image. */
+  details(checkpoint: Checkpoint): CheckpointDetails;
 
-  /** EEXIST, EINVAL, ENOSPC, EROFS, ENOTSUP. Durable when it resolves. */
-  takeCheckpoint(name: string): Promise<Checkpoint>;
+  /** `freeze` and `publish` at once. EEXIST, EINVAL, ENOSPC, EROFS, ENOTSUP. Durable when it resolves. */
+  takeCheckpoint(name: string, options?: TakeOptions): Promise<Checkpoint>;
+  /**
+   * The instant of a checkpoint: what the disk holds is kept, though nobody sees it yet. Writes go on when it resolves;
+   * the errors are those of `takeCheckpoint`, and nothing was changed then.
+   */
+  freeze(kind: CheckpointKind, name: string): Promise<PendingCheckpoint>;
+  /** Hold all writes until disposed: for an instant that several disks share. `freeze` works meanwhile. */
+  holdWrites(): Promise<AsyncDisposable>;
   /** EBUSY while a file of it is open. */
-  deleteCheckpoint(checkpoint: Checkpoint): Promise<void>;
+  deleteCheckpoint(checkpoint: Checkpoint, options?: DeleteOptions): Promise<void>;
   renameCheckpoint(checkpoint: Checkpoint, newName: string): Promise<Checkpoint>;
   rollback(checkpoint: Checkpoint): Promise<void>;
   /** Grow, or shrink with `shrink`; else EPERM. */

@@ -3,6 +3,7 @@ import { statSync } from 'node:fs';
 import { basename } from 'node:path';
 import { FsError } from '../errors.ts';
 import { dataClusters } from '../qcow2/data-clusters.ts';
+import { closeGate, gateOpen, openGate } from '../qcow2/gate.ts';
 import { compatible, incompatible } from '../qcow2/header.ts';
 import { number } from '../qcow2/image.ts';
 import { closeImage, snapshotList } from '../qcow2/open-image.ts';
@@ -14,14 +15,25 @@ import {
   readSnapshotL1,
   renameSnapshot,
   type SnapshotList,
-  takeSnapshot,
-  vmStateOffset,
 } from '../qcow2/snapshots.ts';
+import { freezeSnapshot } from '../qcow2/take-snapshot.ts';
 import type { SharedView } from './attach-contents.ts';
 import { shownNames, validateNewName } from './checkpoint-name.ts';
 import { LiveContents, SnapshotContents } from './contents.ts';
-import type { Checkpoint, Disk, DiskInfo, OpenContents, Operation } from './disk.ts';
+import type {
+  Checkpoint,
+  CheckpointDetails,
+  CheckpointKind,
+  DeleteOptions,
+  Disk,
+  DiskInfo,
+  OpenContents,
+  Operation,
+  PendingCheckpoint,
+  TakeOptions,
+} from './disk.ts';
 import type { OpenChain } from './open-chain.ts';
+import { PendingSnapshot } from './pending-snapshot.ts';
 
 /** Disk sizes are whole sectors, as QEMU wants them too. */
 const SECTOR_BYTES = 512;
@@ -47,6 +59,7 @@ export class OpenedDisk implements Disk {
   /** Allocated bytes of checkpoints that were taken in this session; of others only a bound is known. */
   readonly #allocated = new Map<string, number>();
   #operation: Operation | undefined;
+  #pending: PendingSnapshot | undefined;
   /** The last of the operations under way, which run one after another; never rejects. */
   #queue: Promise<unknown> = Promise.resolve();
   #closed = false;
@@ -115,29 +128,67 @@ export class OpenedDisk implements Disk {
     return this.#openSnapshot(checkpoint, (entry) => ({ base: 0, size: entry.virtualSize }));
   }
 
-  openVmState(checkpoint: Checkpoint): OpenContents {
-    return this.#openSnapshot(checkpoint, (entry) => ({
-      base: vmStateOffset(this.#chain.image, entry),
-      size: entry.vmStateSize,
-    }));
+  openState(checkpoint: Checkpoint, name: string): OpenContents {
+    throw new FsError('ENOENT', `checkpoint '${checkpoint.name}' has no file '${name}'`);
   }
 
-  async takeCheckpoint(name: string): Promise<Checkpoint> {
-    return this.#exclusive(`checkpoint ${name}`, async (progress) => {
-      this.#checkWritable();
-      validateNewName(name);
-      this.#checkFree(name);
-      const entry = await takeSnapshot(this.#chain.image, this.#list, { name, timeMs: Date.now() }, progress);
-      if ((this.#chain.image.numbers[number.DATA_CLUSTERS] as number) >= 0) {
-        this.#allocated.set(entry.id, this.allocatedBytes());
-      }
+  details({ consistency }: Checkpoint): CheckpointDetails {
+    return { consistency };
+  }
+
+  async takeCheckpoint(name: string, options: TakeOptions = {}): Promise<Checkpoint> {
+    const pending = await this.freeze(options.kind ?? 'internal', name);
+    return pending.publish({ consistency: options.consistency ?? 'crash' });
+  }
+
+  freeze(kind: CheckpointKind, name: string): Promise<PendingCheckpoint> {
+    return new Promise((resolve, reject) => {
+      this.#exclusive(`checkpoint ${name}`, async (progress) => {
+        this.#checkWritable();
+        validateNewName(name);
+        this.#checkFree(name);
+        if (kind === 'external') {
+          throw new FsError(
+            'ENOTSUP',
+            `${this.imagePath}: overlays are not supported yet; take an internal checkpoint`,
+          );
+        }
+        const pending = await this.#freezeInternal(name, progress);
+        this.#pending = pending;
+        resolve(pending);
+        // Other operations wait for its end.
+        await pending.ended;
+        this.#pending = undefined;
+      }).catch(reject);
+    });
+  }
+
+  async #freezeInternal(name: string, progress: (fraction: number) => void): Promise<PendingSnapshot> {
+    const { image } = this.#chain;
+    const frozen = await freezeSnapshot(image, this.#list, Date.now(), progress);
+    const allocated = (image.numbers[number.DATA_CLUSTERS] as number) < 0 ? undefined : this.allocatedBytes();
+    return new PendingSnapshot(image, this.#list, frozen, { name, progress }, (entry) => {
+      if (allocated !== undefined) this.#allocated.set(entry.id, allocated);
       this.#relist();
       this.#tell('checkpoints');
       return this.#checkpoints.find((checkpoint) => this.#entries.get(checkpoint) === entry) as Checkpoint;
     });
   }
 
-  async deleteCheckpoint(checkpoint: Checkpoint): Promise<void> {
+  async holdWrites(): Promise<AsyncDisposable> {
+    const { image } = this.#chain;
+    if (!image.geometry.writable) return { [Symbol.asyncDispose]: async () => {} };
+    closeGate(image);
+    let held = true;
+    return {
+      [Symbol.asyncDispose]: async () => {
+        if (held) openGate(image);
+        held = false;
+      },
+    };
+  }
+
+  async deleteCheckpoint(checkpoint: Checkpoint, _options: DeleteOptions = {}): Promise<void> {
     return this.#exclusive(`del-checkpoint ${checkpoint.name}`, async (progress) => {
       this.#checkWritable();
       const entry = this.#entryOf(checkpoint);
@@ -212,7 +263,7 @@ export class OpenedDisk implements Disk {
   }
 
   async whenOpen(): Promise<void> {
-    await this.#queue;
+    await gateOpen(this.#chain.image);
   }
 
   onChange(listener: (change: Change) => void): void {
@@ -220,6 +271,7 @@ export class OpenedDisk implements Disk {
   }
 
   async close(): Promise<void> {
+    await this.#pending?.abandon();
     await this.#queue;
     if (this.#closed) return;
     this.#closed = true;
@@ -333,6 +385,7 @@ function checkpointOf(entry: SnapshotEntry, name: string, layer: string): Checkp
     vmClockNs: Number(entry.vmClockNs),
     layer,
     consistency: entry.vmStateSize > 0 ? 'memory' : 'crash',
+    stateFiles: [],
   };
 }
 

@@ -19,11 +19,11 @@ export function leaveWrite(image: Image): void {
   if (left === 0) Atomics.notify(image.words, word.WRITERS);
 }
 
-/** Close the gate and wait until no write is running: as long as one host write takes. */
+/** Close the gate and wait until no write is running: as long as one host write takes. It is open when all who closed it have opened it. */
 export function closeGate(image: Image): void {
   const { words } = image;
   image.lock();
-  words[word.GATE] = 1;
+  words[word.GATE] = (words[word.GATE] as number) + 1;
   image.unlock();
   for (;;) {
     const running = Atomics.load(words, word.WRITERS);
@@ -34,6 +34,14 @@ export function closeGate(image: Image): void {
 
 export function openGate(image: Image): void {
   image.lock();
-  image.words[word.GATE] = 0;
+  const left = (image.words[word.GATE] as number) - 1;
+  image.words[word.GATE] = left;
   image.unlock();
+  if (left === 0) for (const goOn of image.gateWaiters.splice(0)) goOn();
+}
+
+/** Resolves when the gate is open. On the thread that closes and opens it. */
+export async function gateOpen(image: Image): Promise<void> {
+  if (Atomics.load(image.words, word.GATE) === 0) return;
+  await new Promise<void>((resolve) => image.gateWaiters.push(resolve));
 }

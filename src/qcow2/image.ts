@@ -19,7 +19,7 @@ export const MAX_THREADS = 64;
 export const word = {
   /** Guards everything here but the atomics below. Held for metadata only, never while data is read or written. */
   MUTEX: 0,
-  /** 1: no new writes. Changed under MUTEX. */
+  /** How many keep the gate closed; above 0: no new writes. Changed under MUTEX. */
   GATE: 1,
   /** Writes running. Changed under MUTEX; whoever closes the gate waits for 0. */
   WRITERS: 2,
@@ -178,6 +178,8 @@ export class Image {
     low: 0,
     bytes: new Uint8Array(0),
   };
+  /** What waits on this thread until the gate is open. */
+  readonly gateWaiters: (() => void)[] = [];
   /** Room for one cluster and more, for copy on write; made when first needed. */
   #scratch: Uint8Array | undefined;
 

@@ -1,6 +1,6 @@
 /**
- * Internal snapshots: take, delete, rename, go back to (qcow2 specification, "Snapshots"). Every step leaves a correct
- * image: the snapshot table is written anew to fresh clusters, complete and durable, before one write of the header
+ * Internal snapshots: delete, rename, go back to (qcow2 specification, "Snapshots"); take-snapshot.ts takes them. Every
+ * step leaves a correct image: the snapshot table is written anew to fresh clusters, complete and durable, before one write of the header
  * switches to it; refcounts are up before that, and go down after.
  */
 import { CorruptImage, FsError } from '../errors.ts';
@@ -15,26 +15,10 @@ import { limits } from './header.ts';
 import { writeDisk, writeSnapshotTablePosition } from './header-update.ts';
 import type { Image } from './image.ts';
 import { number, word } from './image.ts';
-import { COPIED } from './l2-entry.ts';
 import type { L1Table } from './lookup.ts';
-import { maxRefcount } from './refcount-entry.ts';
-import {
-  ClusterSet,
-  changeReferences,
-  clearCopied,
-  countedClusters,
-  l2Tables,
-  type Progress,
-  setCopied,
-} from './references.ts';
-import { beginSharing, canShareLater, dropMapping, finishSharing } from './sharing.ts';
-import {
-  encodeSnapshotTable,
-  MAX_SNAPSHOT_TABLE_BYTES,
-  newSnapshotEntry,
-  renamedEntry,
-  type SnapshotEntry,
-} from './snapshot-table.ts';
+import { changeReferences, clearCopied, l2Tables, type Progress } from './references.ts';
+import { dropMapping } from './sharing.ts';
+import { encodeSnapshotTable, MAX_SNAPSHOT_TABLE_BYTES, renamedEntry, type SnapshotEntry } from './snapshot-table.ts';
 import { unlink } from './unlinked.ts';
 
 /** The snapshots of an open image, in the order of the table. Lives on the main thread, which alone changes it. */
@@ -67,98 +51,6 @@ export function readSnapshotL1(image: Image, entry: SnapshotEntry): L1Table {
     throw new FsError('EIO', `${image.file.path}: the L1 table of snapshot ${entry.id} passes the end of the file`);
   }
   return { view: new DataView(bytes.buffer), entries: entry.l1Entries };
-}
-
-/**
- * Take a snapshot of the live contents. Writes wait meanwhile; reads go on.
- * @throws FsError ENOTSUP if the format cannot hold it, ENOSPC; nothing has changed then
- */
-export async function takeSnapshot(
-  image: Image,
-  list: SnapshotList,
-  fields: { readonly name: string; readonly timeMs: number },
-  progress: Progress,
-): Promise<SnapshotEntry> {
-  checkPossible(image, list);
-  const entries = (): number =>
-    // An empty disk has no entries, and its snapshots have no table.
-    Math.min(image.numbers[number.L1_ENTRIES] as number, l1EntriesForSize(image, image.virtualSize()));
-  const later = await canShareLater(image, l2Tables(image.l1, entries()));
-  const taken = await still(image, async (undo) => {
-    const { clusterBytes } = image.geometry;
-    const l1Entries = entries();
-    const l1 = writeNewTable(image, activeL1(image, l1Entries, false));
-    undo.push(() => freeTable(image, l1));
-    const entry = newSnapshotEntry({
-      l1TableOffset: l1.cluster * clusterBytes,
-      l1Entries,
-      id: nextId(list.entries),
-      name: fields.name,
-      seconds: Math.floor(fields.timeMs / 1000),
-      nanoseconds: Math.floor(fields.timeMs % 1000) * 1_000_000,
-      virtualSize: image.virtualSize(),
-    });
-    const next = [...list.entries, entry];
-    const table = writeTable(image, next);
-    undo.push(() => freeTable(image, table));
-    settle(image);
-    if (!later) await shareStill(image, l1Entries, undo, progress);
-    switchTable(image, list, next, table);
-    undo.length = 0;
-    if (later) beginSharing(image, l1Entries);
-    return entry;
-  });
-  if (later) {
-    await finishSharing(image, taken.l1Entries, progress);
-    flush(image);
-  }
-  return taken;
-}
-
-/** Share the live mapping with a snapshot that is about to be, in one sweep behind the closed gate. Durable. */
-async function shareStill(image: Image, l1Entries: number, undo: Undo, progress: Progress): Promise<void> {
-  const tables = l2Tables(image.l1, l1Entries);
-  await changeReferences(image, { tables, others: [], delta: 1, progress: (part) => progress(part * 0.6) });
-  undo.push(() => unshare(image, tables, l1Entries));
-  barrier(image);
-  await clearCopied(image, tables, (part) => progress(0.6 + part * 0.4));
-  shareL1(image, l1Entries);
-  storeActiveL1(image, l1Entries);
-  barrier(image);
-}
-
-/** Take the references of a snapshot back that did not come to be. */
-async function unshare(image: Image, tables: readonly number[], l1Entries: number): Promise<void> {
-  const single = new ClusterSet(countedClusters(image));
-  const progress = (): void => {};
-  await changeReferences(image, { tables, others: [], delta: -1, progress, single });
-  barrier(image);
-  await setCopied(image, tables, single, progress);
-  ownL1(image, tables, single);
-  storeActiveL1(image, l1Entries);
-}
-
-/** What can be known before anything is touched. */
-function checkPossible(image: Image, list: SnapshotList): void {
-  const { path } = image.file;
-  if (image.geometry.externalData) {
-    throw new FsError(
-      'ENOTSUP',
-      `${path} keeps its data in an external data file, which the format has no snapshots for`,
-    );
-  }
-  if (maxRefcount(image.geometry.refcountOrder) < 2) {
-    throw new FsError(
-      'ENOTSUP',
-      `${path} has refcounts of 1 bit, so that no cluster can be shared with a checkpoint; copy the disk to an image with 16 bits (qemu-img convert -O qcow2)`,
-    );
-  }
-  if (list.entries.length >= limits.SNAPSHOTS) {
-    throw new FsError(
-      'ENOSPC',
-      `${path} has ${limits.SNAPSHOTS} checkpoints, the most the format allows; delete one first`,
-    );
-  }
 }
 
 /**
@@ -275,7 +167,7 @@ export async function applySnapshot(image: Image, entry: SnapshotEntry, progress
 }
 
 /** Steps that take back what an operation has done so far, in the order of what it did. */
-type Undo = (() => void | Promise<void>)[];
+export type Undo = (() => void | Promise<void>)[];
 
 /**
  * Run `action` on a still image: no writes, everything flushed, caches empty of changes before and after. If it fails,
@@ -322,7 +214,7 @@ async function takeBack(image: Image, undo: Undo): Promise<void> {
 }
 
 /** Run `action` where its failure must not hide what happened before; a bug still shows. */
-function orLeave(action: () => void): void {
+export function orLeave(action: () => void): void {
   try {
     action();
   } catch (error) {
@@ -331,7 +223,7 @@ function orLeave(action: () => void): void {
 }
 
 /** What follows on a switched header is not taken back: if it fails, clusters stay counted that nothing uses. */
-async function afterCommit(image: Image, action: () => Promise<void>): Promise<void> {
+export async function afterCommit(image: Image, action: () => Promise<void>): Promise<void> {
   try {
     await action();
   } catch (error) {
@@ -341,7 +233,7 @@ async function afterCommit(image: Image, action: () => Promise<void>): Promise<v
 }
 
 /** Everything in the caches goes to the file, and nothing stays in them: the file may be changed directly. */
-function settle(image: Image): void {
+export function settle(image: Image): void {
   flush(image);
   image.lock();
   try {
@@ -362,7 +254,7 @@ export function freeMetadata(image: Image, first: number, clusters: number): voi
   }
 }
 
-interface NewTable {
+export interface NewTable {
   readonly cluster: number;
   readonly clusters: number;
   readonly bytes: number;
@@ -390,9 +282,10 @@ export function writeNewTable(image: Image, table: Uint8Array): NewTable {
   }
 }
 
-const freeTable = (image: Image, { cluster, clusters }: NewTable): void => freeMetadata(image, cluster, clusters);
+export const freeTable = (image: Image, { cluster, clusters }: NewTable): void =>
+  freeMetadata(image, cluster, clusters);
 
-function writeTable(image: Image, entries: readonly SnapshotEntry[]): NewTable {
+export function writeTable(image: Image, entries: readonly SnapshotEntry[]): NewTable {
   const bytes = encodeSnapshotTable(entries);
   if (bytes.length > MAX_SNAPSHOT_TABLE_BYTES) {
     throw new FsError(
@@ -404,7 +297,7 @@ function writeTable(image: Image, entries: readonly SnapshotEntry[]): NewTable {
 }
 
 /** The commit point of every change of the list; everything that the new table needs is durable by then. */
-function switchTable(
+export function switchTable(
   image: Image,
   list: SnapshotList,
   entries: readonly SnapshotEntry[],
@@ -419,47 +312,6 @@ function switchTable(
   list.entries = entries;
   list.tableOffset = offset;
   list.tableBytes = table?.bytes ?? 0;
-}
-
-/** QEMU numbers snapshots: one more than the largest number that is an ID. */
-function nextId(entries: readonly SnapshotEntry[]): string {
-  let highest = 0;
-  for (const { id } of entries) {
-    if (/^\d{1,15}$/.test(id)) highest = Math.max(highest, Number(id));
-  }
-  return String(highest + 1);
-}
-
-/** A copy of the active L1 table, with or without COPIED. */
-function activeL1(image: Image, entries: number, copied: boolean): Uint8Array {
-  const bytes = new Uint8Array(image.l1.buffer, image.l1.byteOffset, entries * 8).slice();
-  if (!copied) for (let at = 0; at < bytes.length; at += 8) bytes[at] = (bytes[at] as number) & 0x7f;
-  return bytes;
-}
-
-/** After `changeReferences` raised everything: no L2 table is the active mapping's own. */
-function shareL1(image: Image, entries: number): void {
-  image.lock();
-  for (let index = 0; index < entries; index++) {
-    image.l1.setUint32(index * 8, (image.l1.getUint32(index * 8) & ~COPIED) >>> 0);
-  }
-  image.unlock();
-}
-
-/** L2 tables with a refcount of one are the active mapping's own again. */
-function ownL1(image: Image, tables: readonly number[], single: ClusterSet): void {
-  image.lock();
-  for (const [index, table] of tables.entries()) {
-    if (table === 0 || !single.has(table / image.geometry.clusterBytes)) continue;
-    image.l1.setUint32(index * 8, (image.l1.getUint32(index * 8) | COPIED) >>> 0);
-  }
-  image.unlock();
-}
-
-/** Write the active L1 table, as it is in memory, to its place. */
-function storeActiveL1(image: Image, entries: number): void {
-  const bytes = activeL1(image, entries, true);
-  if (bytes.length > 0) image.file.write(bytes, 0, bytes.length, image.numbers[number.L1_OFFSET] as number);
 }
 
 /** Lower everything that a mapping refers to, and its L1 table; give the host back what nobody uses. */

@@ -65,7 +65,7 @@ export class CheckpointDirectory extends Directory {
 
   /** @throws FsError ENOENT after it was deleted */
   #look(): ReadonlyMap<string, Node> {
-    const { virtualSize, vmStateSize } = this.checkpoint;
+    const { virtualSize, stateFiles } = this.checkpoint;
     if (this.#entries !== undefined) return this.#entries;
     const mounted = this.#mounted;
     const inodes = this.#inodes;
@@ -116,18 +116,18 @@ export class CheckpointDirectory extends Directory {
       ['partitions', partitions],
       ['info.json', info],
     ]);
-    if (vmStateSize > 0) {
-      const vmState = new ImageFile({
+    for (const { name, bytes } of stateFiles) {
+      const file = new ImageFile({
         ...shared,
         ino: inodes.next(),
-        label: label('state'),
-        opening: mounted.opening(() => mounted.disk.openVmState(this.checkpoint)),
+        label: label(name),
+        opening: mounted.opening(() => mounted.disk.openState(this.checkpoint, name)),
         base: 0,
-        length: vmStateSize,
-        size: () => vmStateSize,
-        allocatedBytes: () => vmStateSize,
+        length: bytes,
+        size: () => bytes,
+        allocatedBytes: () => bytes,
       });
-      entries.set('state', vmState);
+      entries.set(name, file);
     }
     this.#entries = entries;
     return entries;

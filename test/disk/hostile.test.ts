@@ -97,9 +97,12 @@ async function useDisk(disk: Disk, writing: boolean): Promise<void> {
     const open = await attempt(() => disk.openCheckpoint(checkpoint));
     if (open !== undefined) await readAll(open.contents);
     open?.[Symbol.dispose]();
-    const state = await attempt(() => disk.openVmState(checkpoint));
-    if (state !== undefined) await readAll(state.contents);
-    state?.[Symbol.dispose]();
+    for (const { name } of checkpoint.stateFiles) {
+      const state = await attempt(() => disk.openState(checkpoint, name));
+      if (state !== undefined) await readAll(state.contents);
+      state?.[Symbol.dispose]();
+    }
+    await attempt(() => disk.details(checkpoint));
   }
   if (!writing) return;
   const bytes = new Uint8Array(30_000).fill(9);

@@ -5,13 +5,8 @@ import { zeroRange } from '../../src/qcow2/discard.ts';
 import { flush } from '../../src/qcow2/flush.ts';
 import { readRange } from '../../src/qcow2/read.ts';
 import { growDisk, shrinkDisk } from '../../src/qcow2/resize.ts';
-import {
-  applySnapshot,
-  deleteSnapshot,
-  readSnapshotL1,
-  renameSnapshot,
-  takeSnapshot,
-} from '../../src/qcow2/snapshots.ts';
+import { applySnapshot, deleteSnapshot, readSnapshotL1, renameSnapshot } from '../../src/qcow2/snapshots.ts';
+import { takeSnapshot } from '../../src/qcow2/take-snapshot.ts';
 import { writeRange } from '../../src/qcow2/write.ts';
 import { MemoryStorage } from '../storage/memory-storage.ts';
 import { closeSession, formatted, openSession, patternBacking, qemuCheck, type Session } from './model.ts';

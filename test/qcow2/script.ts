@@ -6,13 +6,8 @@ import { flush } from '../../src/qcow2/flush.ts';
 import { readRange } from '../../src/qcow2/read.ts';
 import { growDisk, shrinkDisk } from '../../src/qcow2/resize.ts';
 import type { SnapshotEntry } from '../../src/qcow2/snapshot-table.ts';
-import {
-  applySnapshot,
-  deleteSnapshot,
-  readSnapshotL1,
-  renameSnapshot,
-  takeSnapshot,
-} from '../../src/qcow2/snapshots.ts';
+import { applySnapshot, deleteSnapshot, readSnapshotL1, renameSnapshot } from '../../src/qcow2/snapshots.ts';
+import { takeSnapshot } from '../../src/qcow2/take-snapshot.ts';
 import { writeRange } from '../../src/qcow2/write.ts';
 import type { Session } from './model.ts';
 

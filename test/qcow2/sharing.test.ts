@@ -1,7 +1,8 @@
 import { describe, expect, it } from 'vitest';
 import { zeroRange } from '../../src/qcow2/discard.ts';
 import { readRange } from '../../src/qcow2/read.ts';
-import { deleteSnapshot, readSnapshotL1, takeSnapshot } from '../../src/qcow2/snapshots.ts';
+import { deleteSnapshot, readSnapshotL1 } from '../../src/qcow2/snapshots.ts';
+import { takeSnapshot } from '../../src/qcow2/take-snapshot.ts';
 import { writeRange } from '../../src/qcow2/write.ts';
 import type { MemoryStorage } from '../storage/memory-storage.ts';
 import { closeSession, formatted, openSession, qemuCheck, type Session } from './model.ts';

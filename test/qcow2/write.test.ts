@@ -1,7 +1,7 @@
 import { describe, expect, it } from 'vitest';
 import { zeroRange } from '../../src/qcow2/discard.ts';
 import { readRange } from '../../src/qcow2/read.ts';
-import { takeSnapshot } from '../../src/qcow2/snapshots.ts';
+import { takeSnapshot } from '../../src/qcow2/take-snapshot.ts';
 import { writeRange } from '../../src/qcow2/write.ts';
 import { closeSession, formatted, openSession, qemuCheck } from './model.ts';
 

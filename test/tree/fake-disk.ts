@@ -2,12 +2,18 @@
 import { shownNames } from '../../src/disk/checkpoint-name.ts';
 import type {
   Checkpoint,
+  CheckpointDetails,
+  CheckpointKind,
   Contents,
   Disk,
   DiskInfo,
   OpenContents,
+  OpenState,
   Operation,
+  PendingCheckpoint,
   SharedContents,
+  StateContents,
+  TakeOptions,
 } from '../../src/disk/disk.ts';
 import { FsError } from '../../src/errors.ts';
 
@@ -97,11 +103,35 @@ export class FakeContents implements Contents {
   }
 }
 
+/** A state file that is being written. */
+class FakeState extends FakeContents implements StateContents {
+  override write(source: Uint8Array, at: number, length: number, offset: number): boolean {
+    this.bytes = Math.max(this.bytes, offset + length);
+    const { gateClosed } = this.disk;
+    this.disk.gateClosed = false;
+    try {
+      return super.write(source, at, length, offset);
+    } finally {
+      this.disk.gateClosed = gateClosed;
+    }
+  }
+
+  setSize(bytes: number): void {
+    const before = this.bytes;
+    this.bytes = bytes;
+    if (bytes > before) return;
+    this.bytes = before;
+    this.discard(bytes, before - bytes);
+    this.bytes = bytes;
+  }
+}
+
 interface Snapshot {
   readonly id: string;
   name: string;
   readonly createdMs: number;
-  readonly vmState: Uint8Array;
+  readonly details: CheckpointDetails;
+  readonly state: ReadonlyMap<string, FakeContents>;
   readonly contents: FakeContents;
 }
 
@@ -123,6 +153,8 @@ export class FakeDisk implements Disk {
   gateClosed = false;
   /** Contents handed out and not yet given back. */
   opened = 0;
+  /** Checkpoints frozen and neither published nor abandoned. */
+  pending = 0;
   running: Operation | undefined;
   /** When set, slow operations wait for it. */
   hold: Promise<void> | undefined;
@@ -141,9 +173,24 @@ export class FakeDisk implements Disk {
   }
 
   /** A snapshot that some other program has made. */
-  addForeign(name: string, { id = String(this.#nextId++), vmState = new Uint8Array() } = {}): void {
-    const contents = this.live.copy();
-    this.#snapshots.push({ id, name, vmState, contents, createdMs: this.#nextCreatedMs });
+  addForeign(name: string, { id = String(this.#nextId++), state = {} as Record<string, Uint8Array> } = {}): void {
+    const files = Object.entries(state).map(([file, bytes]): [string, FakeContents] => {
+      const contents = new FakeContents(this, bytes.length);
+      contents.write(bytes, 0, bytes.length, 0);
+      return [file, contents];
+    });
+    const consistency = files.length > 0 ? 'memory' : 'crash';
+    this.#add(id, name, this.live.copy(), new Map(files), { consistency });
+  }
+
+  #add(
+    id: string,
+    name: string,
+    contents: FakeContents,
+    state: ReadonlyMap<string, FakeContents>,
+    details: CheckpointDetails,
+  ): void {
+    this.#snapshots.push({ id, name, state, contents, details, createdMs: this.#nextCreatedMs });
     this.#nextCreatedMs += 1000;
     this.#list();
   }
@@ -189,17 +236,50 @@ export class FakeDisk implements Disk {
     return this.#open(this.#snapshot(checkpoint).contents);
   }
 
-  openVmState(checkpoint: Checkpoint): OpenContents {
-    const { vmState } = this.#snapshot(checkpoint);
-    const contents = new FakeContents(this, vmState.length);
-    contents.write(vmState, 0, vmState.length, 0);
+  openState(checkpoint: Checkpoint, name: string): OpenContents {
+    const contents = this.#snapshot(checkpoint).state.get(name);
+    if (contents === undefined) throw new FsError('ENOENT', `no ${name}`);
     return this.#open(contents);
   }
 
-  async takeCheckpoint(name: string): Promise<Checkpoint> {
+  details(checkpoint: Checkpoint): CheckpointDetails {
+    return this.#snapshot(checkpoint).details;
+  }
+
+  async takeCheckpoint(
+    name: string,
+    { kind = 'internal', consistency = 'crash' }: TakeOptions = {},
+  ): Promise<Checkpoint> {
     await this.#run('checkpoint');
-    this.addForeign(name);
-    return this.#checkpoints.at(-1) as Checkpoint;
+    return (await this.freeze(kind, name)).publish({ consistency });
+  }
+
+  async freeze(kind: CheckpointKind, name: string): Promise<PendingCheckpoint> {
+    if (kind === 'external') throw new FsError('ENOTSUP', 'no overlays');
+    const contents = this.live.copy();
+    const files = new Map<string, FakeState>();
+    this.pending++;
+    return {
+      createState: (file): OpenState => {
+        if (files.has(file)) throw new FsError('EEXIST', `${file} is there`);
+        const state = new FakeState(this, 0);
+        files.set(file, state);
+        return { ...this.#open(state), contents: state };
+      },
+      publish: async (details) => {
+        this.pending--;
+        this.#add(String(this.#nextId++), name, contents, files, details);
+        return this.#checkpoints.at(-1) as Checkpoint;
+      },
+      abandon: async () => {
+        this.pending--;
+      },
+    };
+  }
+
+  async holdWrites(): Promise<AsyncDisposable> {
+    this.gateClosed = true;
+    return { [Symbol.asyncDispose]: async () => this.openGate() };
   }
 
   async deleteCheckpoint(checkpoint: Checkpoint): Promise<void> {
@@ -275,7 +355,7 @@ export class FakeDisk implements Disk {
   #list(): void {
     const names = shownNames(this.#snapshots.map(({ id, name }) => ({ id, name, nameBytes: Buffer.from(name) })));
     const before = this.#checkpoints;
-    this.#checkpoints = this.#snapshots.map(({ id, name, createdMs, vmState, contents }, index) => {
+    this.#checkpoints = this.#snapshots.map(({ id, name, createdMs, state, details, contents }, index) => {
       const same = before.find((old) => old.createdMs === createdMs && old.name === names[index]);
       if (same !== undefined) return same;
       return {
@@ -285,10 +365,11 @@ export class FakeDisk implements Disk {
         id,
         createdMs,
         virtualSize: contents.bytes,
-        vmStateSize: vmState.length,
+        vmStateSize: [...state.values()].reduce((sum, { bytes }) => sum + bytes, 0),
         vmClockNs: 0,
         layer: `${this.name}.qcow2`,
-        consistency: vmState.length > 0 ? 'memory' : 'crash',
+        consistency: details.consistency,
+        stateFiles: Array.from(state, ([file, { bytes }]) => ({ name: file, bytes })),
       };
     });
     this.#changed('checkpoints');

@@ -493,7 +493,7 @@ describe('snapshots/', () => {
   });
 
   it('has the memory of a guest as `state`', async () => {
-    disk.addForeign('running', { vmState: Buffer.from('memory') });
+    disk.addForeign('running', { state: { state: Buffer.from('memory') } });
     expect(await names(root, 'vm1/snapshots/running')).toEqual(['disk.raw', 'partitions', 'info.json', 'state']);
     const state = await at(root, 'vm1/snapshots/running/state');
     expect(await state.attributes()).toMatchObject({ size: 6, allocatedBytes: 6 });
@@ -513,7 +513,7 @@ describe('snapshots/', () => {
 
 describe('info.json', () => {
   it('of a disk has the fields that are promised', async () => {
-    disk.addForeign('a', { vmState: Buffer.from('memory') });
+    disk.addForeign('a', { state: { state: Buffer.from('memory') } });
     const content = await text(root, 'vm1/info.json');
     expect(content.endsWith('}\n')).toBe(true);
     expect(JSON.parse(content)).toEqual({
@@ -546,7 +546,7 @@ describe('info.json', () => {
   });
 
   it('of a checkpoint with memory names the guest too', async () => {
-    disk.addForeign('m', { vmState: Buffer.from('memory') });
+    disk.addForeign('m', { state: { state: Buffer.from('memory') } });
     expect(JSON.parse(await text(root, 'vm1/snapshots/m/info.json'))).toMatchObject({
       consistency: 'memory',
       guest: { kind: 'unknown', name: null },
