@@ -23,7 +23,7 @@ export function zeroRange(image: Image, guest: number, length: number, mode: Zer
   let position = guest;
   while (position < end) {
     const next = Math.min(end, stepEnd(image, position));
-    if (!asWriter(image, () => zeroPieces(image, position, next, mode))) return false;
+    if (!asWriter(image, position, next, () => zeroPieces(image, position, next, mode))) return false;
     position = Math.max(next, skipUnmapped(image, next, end));
   }
   return true;
@@ -45,7 +45,7 @@ function skipUnmapped(image: Image, position: number, end: number): number {
   let next = position;
   image.lock();
   try {
-    while (next < end && next % l2SpanBytes === 0 && next >= (image.backing?.size() ?? 0)) {
+    while (next < end && next % l2SpanBytes === 0 && !isOverBacking(image, next)) {
       if (l2TableAt(image, undefined, next / l2SpanBytes) !== 0) break;
       next += l2SpanBytes;
     }
@@ -115,6 +115,22 @@ function zeroRawData(image: Image, from: number, to: number): void {
   }
 }
 
+/** Whether something may show at `guest` where the image has nothing of its own, now or later. */
+function isOverBacking(image: Image, guest: number): boolean {
+  const { backing, words } = image;
+  return backing !== undefined && (guest < backing.size() || Atomics.load(words, word.KEEP_HIDDEN) === 1);
+}
+
+/**
+ * From now on nothing that the image has of its own goes away: what is discarded becomes zeros of its own also where
+ * nothing is below yet. For moving data between this image and the one below, which may grow, or be replaced.
+ */
+export function keepHidden(image: Image): void {
+  image.lock();
+  Atomics.store(image.words, word.KEEP_HIDDEN, 1);
+  image.unlock();
+}
+
 const entry = emptyEntry();
 const before = emptyEntry();
 
@@ -126,7 +142,7 @@ function zeroCluster(image: Image, guest: number, mode: ZeroMode): boolean {
   const { version, unitsPerCluster, rawData, externalData, clusterBytes } = image.geometry;
   if (rawData) return true;
   readEntry(image, guest, entry);
-  const hide = image.backing !== undefined && guest < image.backing.size();
+  const hide = isOverBacking(image, guest);
   Object.assign(before, entry);
   const held = holdsData(image, entry);
   const host = isCompressed(entry.high) ? 0 : hostOf(entry.high, entry.low);

@@ -48,6 +48,10 @@ export const word = {
   UNLINKED_COUNT: 14,
   /** 1: the mark of the session stays at its end; see `countsTooHigh`. */
   COUNTS_TOO_HIGH: 15,
+  /** 1: zeros hide what is below also behind the backing file's end; see `keepHidden`. */
+  KEEP_HIDDEN: 16,
+  /** log2 of the bytes that a bit of the map of written parts stands for; 0: no map is kept (written-map.ts). */
+  WRITTEN_SHIFT: 17,
   /** From here on, a word per thread: the EPOCH in which its running operation began, 0 if none runs. */
   ACTIVE: 64,
   COUNT: 64 + MAX_THREADS,
@@ -81,6 +85,9 @@ export const failure = {
 
 /** Ranges of unlinked clusters that wait for a flush. More make the writer flush first. */
 export const UNLINKED_CAPACITY = 16384;
+
+/** Bits of the map of written parts: one for each cluster of 512 GiB with 64 KiB clusters. */
+export const WRITTEN_BITS = 2 ** 23;
 
 /** Bits of the metadata map: clusters above are not covered (16 TiB with 64 KiB clusters). */
 export const METADATA_MAP_CLUSTERS = 2 ** 28;
@@ -142,6 +149,7 @@ function layout(geometry: Geometry, sizes: ImageSizes) {
     refcountTable: part(writable ? sizes.refcountTableCapacity * 8 : 0),
     toShare: part(writable ? sizes.l1Capacity / 8 : 0),
     metadataMap: part(writable ? METADATA_MAP_CLUSTERS / 8 : 0),
+    writtenMap: part(writable ? WRITTEN_BITS / 8 : 0),
     l2: part(cacheBytes(sizes.l2Slots, geometry.sliceBytes)),
     refcounts: part(writable ? cacheBytes(sizes.refcountSlots, geometry.sliceBytes) : 0),
     bytes: end,
@@ -163,6 +171,8 @@ export class Image {
   readonly toShare: Uint8Array;
   /** One bit per host cluster: the engine's own metadata, never to be written as data. */
   readonly metadataMap: Uint8Array;
+  /** See written-map.ts. */
+  readonly writtenMap: Int32Array;
   readonly l2: SliceCache;
   readonly refcounts: SliceCache;
   readonly file: Storage;
@@ -199,6 +209,7 @@ export class Image {
     );
     this.toShare = new Uint8Array(memory, at.toShare, geometry.writable ? sizes.l1Capacity / 8 : 0);
     this.metadataMap = new Uint8Array(memory, at.metadataMap, geometry.writable ? METADATA_MAP_CLUSTERS / 8 : 0);
+    this.writtenMap = new Int32Array(memory, at.writtenMap, geometry.writable ? WRITTEN_BITS / 32 : 0);
     const { sliceBytes } = geometry;
     this.l2 = new SliceCache(
       { memory, byteOffset: at.l2, slots: sizes.l2Slots, sliceBytes, content: 'L2 table', mayWriteAnyTime: false },

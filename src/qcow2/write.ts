@@ -28,6 +28,7 @@ import { lookup } from './lookup.ts';
 import { readRange } from './read.ts';
 import { highHalf, lowHalf } from './units.ts';
 import { unlink } from './unlinked.ts';
+import { noteWritten } from './written-map.ts';
 
 /** Clusters allocated in one step at most. */
 const STEP_BYTES = 2 * 2 ** 20;
@@ -42,7 +43,8 @@ export function writeRange(image: Image, source: Uint8Array, at: number, length:
   let from = guest;
   while (from < end) {
     const to = Math.min(end, stepEnd(image, from));
-    if (!asWriter(image, () => writePieces(image, source, at + (from - guest), to - from, from))) return false;
+    if (!asWriter(image, from, to, () => writePieces(image, source, at + (from - guest), to - from, from)))
+      return false;
     from = to;
   }
   return true;
@@ -63,8 +65,12 @@ export function stepEnd(image: Image, guest: number): number {
   return guest - (guest % clusterBytes) + clusters * clusterBytes;
 }
 
-/** Run `action` as one of the image's writers; afterwards flush if too much has gathered in memory. */
-export function asWriter(image: Image, action: () => void): boolean {
+/**
+ * Run `action`, which changes guest bytes of [guest, end), as one of the image's writers; afterwards flush if too much has
+ * gathered in memory.
+ * @returns false when the gate is closed
+ */
+export function asWriter(image: Image, guest: number, end: number, action: () => void): boolean {
   image.checkUsable();
   if (!enterWrite(image)) return false;
   const entered = image.enter();
@@ -72,6 +78,7 @@ export function asWriter(image: Image, action: () => void): boolean {
     beforeData(image);
     action();
   } finally {
+    noteWritten(image, guest, end);
     image.leave(entered);
     leaveWrite(image);
   }
@@ -141,8 +148,15 @@ interface Plan {
  * Write what fits into one run of clusters that need linking; returns the bytes taken from `source`. The clusters are in
  * the in-flight table meanwhile, so that no other write touches them.
  */
-function writeFresh(image: Image, source: Uint8Array, at: number, length: number, guest: number): number {
-  const plan = claim(image, guest, length);
+function writeFresh(
+  image: Image,
+  source: Uint8Array,
+  at: number,
+  length: number,
+  guest: number,
+  claimable: Claimable = notOwn,
+): number {
+  const plan = claim(image, guest, length, claimable);
   if (plan === undefined) return 0;
   const taken = Math.min(length, plan.end - guest);
   try {
@@ -180,11 +194,42 @@ function fillOrGiveBack(image: Image, plan: Plan, source: Uint8Array, at: number
   }
 }
 
+/** Whether the guest range may be written to clusters that are linked anew. With the mutex held. */
+type Claimable = (image: Image, guest: number, length: number) => boolean;
+
+const notOwn: Claimable = (image, guest) => ownRun(image, guest, 1) === 0;
+
+const isUnallocated: Claimable = (image, guest, length) => {
+  lookup(image, undefined, guest, length);
+  return image.extent.kind === kind.UNALLOCATED && image.extent.length === length;
+};
+
+/**
+ * Write `source[at, at + length)` at `guest`, but only as far as the image has nothing of its own there, which is decided
+ * with the range claimed: no write that is under way is undone. For callers that are writers. `guest` is at the start of
+ * a unit, the end at one or at the disk's.
+ * @returns bytes from `guest` on that are dealt with, written or not; at least 1
+ */
+export function writeUnallocated(image: Image, source: Uint8Array, at: number, length: number, guest: number): number {
+  const { extent } = image;
+  for (;;) {
+    image.lock();
+    try {
+      lookup(image, undefined, guest, length);
+    } finally {
+      image.unlock();
+    }
+    if (extent.kind !== kind.UNALLOCATED) return extent.length;
+    const done = writeFresh(image, source, at, extent.length, guest, isUnallocated);
+    if (done > 0) return done;
+  }
+}
+
 /**
  * Decide where the clusters from `guest` on go, and put them in the in-flight table.
  * @returns undefined after waiting for another write in the same place: look again
  */
-function claim(image: Image, guest: number, length: number): Plan | undefined {
+function claim(image: Image, guest: number, length: number, claimable: Claimable): Plan | undefined {
   const { geometry, inFlight, words } = image;
   const { clusterBytes, l2SpanBytes } = geometry;
   const start = guest - (guest % clusterBytes);
@@ -201,7 +246,7 @@ function claim(image: Image, guest: number, length: number): Plan | undefined {
     changes = Atomics.load(words, word.IN_FLIGHT_CHANGES);
     if (end > start) {
       // What was looked up before may have been linked meanwhile by the write that was waited for.
-      if (ownRun(image, guest, 1) > 0) return undefined;
+      if (!claimable(image, guest, Math.min(guest + length, end) - guest)) return undefined;
       beforeMetadata(image);
       ensureOwnL2(image, Math.floor(guest / l2SpanBytes));
       const plan = choose(image, start, end);
