@@ -25,6 +25,10 @@ export interface ListedCheckpoint {
 export interface Listing extends DiskInfo {
   readonly snapshots: readonly ListedCheckpoint[];
   readonly overlays: readonly ListedCheckpoint[];
+  /** Of a mounted disk. */
+  readonly owner?: 'served' | 'attached';
+  /** Of a mounted disk: why it cannot be changed; null if it can. */
+  readonly readOnly?: string | null;
 }
 
 /** The disk that `path` names; an image is opened for reading only. */

@@ -5,6 +5,7 @@ import { addCheckpoint } from './checkpoint.ts';
 import { addCompletion } from './completion.ts';
 import { addCreate } from './create.ts';
 import { addDelete } from './delete.ts';
+import { addExport } from './export.ts';
 import { addInfo } from './info.ts';
 import { addLs } from './ls.ts';
 import { addMount } from './mount.ts';
@@ -33,6 +34,7 @@ export function createProgram(): Command {
     addDelete,
     addRename,
     addRollback,
+    addExport,
     addResize,
     addCheck,
     addCompletion,

@@ -1,7 +1,8 @@
 /** New images, laid out as QEMU lays them out: header, refcount table, refcount blocks, L1 table, L2 tables, data. */
-import { closeSync, fsyncSync, openSync, unlinkSync } from 'node:fs';
+import { unlinkSync } from 'node:fs';
 import { dirname, resolve } from 'node:path';
 import { FsError } from '../errors.ts';
+import { syncDirectory } from '../storage/directory.ts';
 import { HostFile } from '../storage/host-file.ts';
 import type { Storage } from '../storage/storage.ts';
 import {
@@ -113,17 +114,7 @@ function backingBytes(path: string, backing: NonNullable<FormatOptions['backing'
   return backing.format === 'qcow2' ? readHeader(file).size : file.size();
 }
 
-/** A new name is durable once its directory is. */
-function syncDirectory(path: string): void {
-  const fd = openSync(path, 'r');
-  try {
-    fsyncSync(fd);
-  } finally {
-    closeSync(fd);
-  }
-}
-
-const roundedSize = (size: number): number => Math.ceil(size / SECTOR_BYTES) * SECTOR_BYTES;
+export const roundedSize = (size: number): number => Math.ceil(size / SECTOR_BYTES) * SECTOR_BYTES;
 
 /** Where everything goes. Offsets and counts are in clusters, but for `size`. */
 interface Plan {
@@ -246,7 +237,7 @@ function checkOptions(options: FormatOptions): number {
  */
 export function formatImage(storage: Storage, options: FormatOptions): void {
   const plan = planImage(options);
-  const header = headerOf(plan);
+  const header = newHeaderCluster(plan);
   const { clusterBytes } = plan;
 
   storage.truncate(plan.total * clusterBytes);
@@ -307,7 +298,18 @@ function writeRefcountBlocks(storage: Storage, plan: Plan): void {
   }
 }
 
-function headerOf(plan: Plan): Uint8Array {
+/** What the header of a new image says. Offsets and counts are in clusters, but for `size`. */
+export interface NewHeader
+  extends Pick<
+    Plan,
+    'options' | 'version' | 'size' | 'clusterBytes' | 'refcountOrder' | 'extendedL2' | 'refcountTable' | 'l1' | 'total'
+  > {
+  /** Besides those that follow from the options. */
+  readonly extensions?: readonly HeaderExtension[];
+}
+
+/** The first cluster of a new image. @throws FsError EINVAL if the backing file's name has no room */
+export function newHeaderCluster(plan: NewHeader): Uint8Array {
   const { options, clusterBytes, version } = plan;
   const zstd = options.compressionType === 'zstd';
   const fixed = new Uint8Array(clusterBytes);
@@ -346,6 +348,7 @@ function headerOf(plan: Plan): Uint8Array {
   if (options.dataFile !== undefined) {
     extensions.push({ type: extensionType.DATA_FILE, data: text.encode(options.dataFile.file) });
   }
+  extensions.push(...(plan.extensions ?? []));
   const names = { type: extensionType.FEATURE_NAMES, data: encodeFeatureNames(FEATURE_NAMES) };
   const nameBytes = text.encode(options.backing?.file ?? '').length;
   // The names are a courtesy; in small clusters what is needed comes first.
