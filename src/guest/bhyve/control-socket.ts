@@ -5,6 +5,7 @@ import { Socket } from 'node:net';
 import { basename, join } from 'node:path';
 import { FsError } from '../../errors.ts';
 import { type BoundSocket, boundSockets } from '../../os/bound-sockets.ts';
+import { fsErrorFrom } from '../../os/errno.ts';
 import { systemCalls } from '../../os/system-calls.ts';
 import { checkPathLength, dialects, type Generation, type SaveRequest, streamGenerations } from './generation.ts';
 import { decodeNvlist } from './nvlist.ts';
@@ -72,7 +73,9 @@ export async function sendRequest(path: string, generation: Generation, request:
   const directory = passesDirectory ? await open(request.directory, 'r') : undefined;
   let fd: number | undefined;
   try {
-    fd = os.connect(path, type);
+    const connected = os.connectLocal(path, type);
+    if (connected < 0) throw fsErrorFrom(-connected, `cannot connect to '${path}'`);
+    fd = connected;
     const sent = os.send(fd, message, []);
     if (sent !== message.byteLength) {
       throw new FsError('EIO', `'${path}' took ${sent} of the request's ${message.byteLength} bytes`);
