@@ -158,7 +158,7 @@ function decodeValue(type: number, data: Uint8Array, isLittle: boolean, descript
     }
     case TYPE.binary:
       if (data.byteLength === 0) throw refused(`the binary '${name}' has no bytes`);
-      return data.slice();
+      return Uint8Array.from(data);
     default:
       throw refused(`'${name}' is of the unknown type ${type}`);
   }
