@@ -65,8 +65,11 @@ export interface DirectoryNode extends NodeBase {
   list(): Promise<readonly DirectoryEntry[]>;
   makeDirectory(name: string, caller: Caller): Promise<Node>;
   removeDirectory(name: string, caller: Caller): Promise<void>;
-  /** Regular files come into being only where the tree receives guest state; EPERM elsewhere. */
-  createFile(name: string, flags: number, caller: Caller): Promise<{ node: FileNode; open: OpenFile }>;
+  /**
+   * Regular files come into being only where the tree receives guest state; EPERM elsewhere.
+   * @param mode permission bits, the umask taken off
+   */
+  createFile(name: string, flags: number, mode: number, caller: Caller): Promise<{ node: FileNode; open: OpenFile }>;
   unlink(name: string, caller: Caller): Promise<void>;
   /** `noReplace`: RENAME_NOREPLACE. Exchanging two names is EINVAL before it comes here. */
   rename(name: string, target: DirectoryNode, newName: string, noReplace: boolean, caller: Caller): Promise<void>;

@@ -288,12 +288,12 @@ function operationsOf(tree: PathTree): FuseOperations {
         return tree.add(await node.open(flags, caller), flags);
       }),
 
-    create: (path, _mode, answer) =>
+    create: (path, mode, answer) =>
       run('create', answer, async () => {
         const { directory, name } = await tree.parent(path);
         // The flags of open(2) are not passed on.
         const flags = constants.O_RDWR | constants.O_CREAT;
-        const { open } = await directory.createFile(name, flags, caller);
+        const { open } = await directory.createFile(name, flags, mode & 0o7777, caller);
         return tree.add(open, flags);
       }),
 

@@ -35,6 +35,8 @@ export type TreeOperation = Exclude<OperationName, 'INIT' | 'INTERRUPT' | 'NOTIF
 export type Handlers = { readonly [N in TreeOperation]: Handler<N> };
 
 const RENAME_NOREPLACE = 1;
+/** Of st_mode. */
+const PERMISSIONS = 0o7777;
 
 const done: Reply = { body: NOTHING };
 
@@ -161,7 +163,8 @@ export function makeHandlers(fileSystem: FileSystem, nodes: NodeTable, handles: 
     MKNOD: notHere('a special file'),
 
     CREATE: async ({ header, arg, names }, caller) => {
-      const { node, open } = await nodes.directory(header.nodeid).createFile(names[0] as string, arg.flags, caller);
+      const directory = nodes.directory(header.nodeid);
+      const { node, open } = await directory.createFile(names[0] as string, arg.flags, arg.mode & PERMISSIONS, caller);
       const file = await opened(open);
       try {
         const made = await entry(node);

@@ -57,6 +57,16 @@ export function writeRange(
   return contents.write(source, at, count, base + offset) ? count : GATE_CLOSED;
 }
 
+/**
+ * Write to a file that grows: all is taken. Returns `size`, or GATE_CLOSED.
+ * @throws FsError EFBIG beyond what numbers count exactly, and the contents' own
+ */
+export function writeGrowing(contents: Contents, offset: number, size: number, source: Uint8Array, at: number): number {
+  if (size === 0) return 0;
+  if (offset + size > Number.MAX_SAFE_INTEGER) throw new FsError('EFBIG', `No file has bytes at ${offset}.`);
+  return contents.write(source, at, size, offset) ? size : GATE_CLOSED;
+}
+
 /** lseek(2) in a file of `size` bytes without holes. @throws FsError ENXIO past the end */
 export function seekSolid(offset: number, whence: number, size: number): number {
   if (whence !== SEEK_DATA && whence !== SEEK_HOLE) throw new FsError('EINVAL', `lseek knows no whence ${whence}.`);

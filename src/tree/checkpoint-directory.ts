@@ -107,7 +107,7 @@ export class CheckpointDirectory extends Directory {
     const info = new TextFile({
       ino: inodes.next(),
       path: () => `${this.place.path()}/info.json`,
-      text: () => checkpointInfoText(this.checkpoint),
+      text: () => checkpointInfoText(this.checkpoint, mounted.disk.details(this.checkpoint)),
       timeMs,
       enter: () => mounted.openFiles.add({ label: label('info.json')(), checkpoint, writes: undefined }),
     });

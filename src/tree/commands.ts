@@ -1,14 +1,16 @@
 /** The commands of `control` (INTERFACE.md section 3): one table, from which help is printed too. */
 import { FsError } from '../errors.ts';
+import type { Guest } from '../guest/guest.ts';
 import { nameAndOptions, splitCommand, splitWords } from './command-line.ts';
 import { done, type MountedDisk } from './mounted-disk.ts';
+import { restoreCommandText } from './restore-command.ts';
 
 interface Command {
   readonly name: string;
   readonly usage: string;
   readonly help: string;
   /** `rest`: the line behind the command. Returns the answer, without a newline at its end. */
-  readonly run: (mounted: MountedDisk, rest: string) => Promise<string>;
+  readonly run: (mounted: MountedDisk, rest: string, signal: AbortSignal) => Promise<string>;
 }
 
 const NO_MEMORY = '--no-memory';
@@ -21,9 +23,10 @@ const commands: readonly Command[] = [
     name: 'checkpoint',
     usage: 'NAME [--no-memory]',
     help: 'take one, as mkdir snapshots/NAME does',
-    run: async (mounted, rest) => {
-      const { name } = nameIn('checkpoint', rest, [NO_MEMORY]);
-      return done.taken(await mounted.take(name));
+    run: async (mounted, rest, signal) => {
+      const { name, options } = nameIn('checkpoint', rest, [NO_MEMORY]);
+      const withoutMemory = options.has(NO_MEMORY);
+      return done.taken(await mounted.take(name, { kind: 'internal', withoutMemory, signal }));
     },
   },
   {
@@ -84,15 +87,29 @@ const commands: readonly Command[] = [
       return `the disk has ${mounted.disk.virtualSize()} bytes`;
     },
   },
-  guestCommand('suspend', 'NAME', 'checkpoint with memory, then power off'),
-  guestCommand('restore-command', 'NAME', 'the command line that brings the guest back'),
-  guestCommand('pause', '', 'stop the vCPUs'),
-  guestCommand('resume', '', 'let them run'),
-  guestCommand('reset', '', 'reset the machine'),
-  guestCommand('poweroff', '', 'end it at once'),
-  guestCommand('nmi', '', 'send a non-maskable interrupt'),
-  guestCommand('stats', '', 'its statistics'),
-  guestCommand('guest', 'WORDS…', 'forwarded as they are'),
+  {
+    name: 'suspend',
+    usage: 'NAME',
+    help: 'checkpoint with memory, then the guest ends',
+    run: async (mounted, rest, signal) => {
+      const { name } = nameIn('suspend', rest);
+      const taken = await mounted.take(name, { kind: 'internal', suspend: true, signal });
+      return `${done.taken(taken)}; the guest has ended`;
+    },
+  },
+  {
+    name: 'restore-command',
+    usage: 'NAME',
+    help: 'the command line that brings the guest back from there',
+    run: async (mounted, rest) => restoreCommandText(mounted, mounted.find(nameIn('restore-command', rest).name)),
+  },
+  guestCommand('pause', '', 'stop the vCPUs', (guest) => guest.pause()),
+  guestCommand('resume', '', 'let them run', (guest) => guest.resume()),
+  guestCommand('reset', '', 'reset the machine', (guest) => guest.reset()),
+  guestCommand('poweroff', '', 'end it at once', (guest) => guest.poweroff()),
+  guestCommand('nmi', '', 'send a non-maskable interrupt', (guest) => guest.nmi()),
+  guestCommand('stats', '', 'its statistics', (guest) => guest.stats()),
+  guestCommand('guest', 'WORDS…', 'forwarded to the guest as they are', (guest, words) => guest.forward(words)),
 ];
 
 const byName = new Map(commands.map((command) => [command.name, command]));
@@ -101,7 +118,7 @@ const byName = new Map(commands.map((command) => [command.name, command]));
  * Run one line, a newline at its end or not. Its answer, or the sentence of its failure, becomes the disk's last one.
  * @throws FsError EINVAL for what is no command, and each command's own
  */
-export function runCommand(mounted: MountedDisk, line: string): Promise<string> {
+export function runCommand(mounted: MountedDisk, line: string, signal: AbortSignal): Promise<string> {
   return mounted.answer(async () => {
     const { command: word, rest } = splitCommand(line);
     const command = byName.get(word);
@@ -110,7 +127,7 @@ export function runCommand(mounted: MountedDisk, line: string): Promise<string> 
       throw new FsError('EINVAL', `There is no command ${JSON.stringify(word)}; there are ${known}.`);
     }
     if (command.usage === '' && rest !== '') throw wrongUsage(word);
-    return command.run(mounted, rest);
+    return command.run(mounted, rest, signal);
   });
 }
 
@@ -124,27 +141,39 @@ function helpText(): string {
   ].join('\n');
 }
 
-async function status({ disk, openFiles }: MountedDisk): Promise<string> {
-  const operation = disk.operation();
-  const inUse = openFiles.writers().length > 0;
+async function status(mounted: MountedDisk): Promise<string> {
+  const { disk, openFiles, machine } = mounted;
+  const { kind, name, alive, state } = await machine.status();
+  const operation = mounted.operation();
+  // Whoever writes disk.raw may be a guest that nobody told us of.
+  const stranger = kind === 'none' && openFiles.writers().length > 0;
   return [
     `disk: ${disk.name}`,
     `image: ${disk.imagePath}`,
     'owner: served',
-    'guest: none',
-    'kind: none',
-    'alive: no',
-    // Whoever writes disk.raw may be a guest that nobody told us of.
-    `state: ${inUse ? 'unknown' : 'off'}`,
+    `guest: ${name ?? 'none'}`,
+    `kind: ${kind}`,
+    `alive: ${alive ? 'yes' : 'no'}`,
+    `state: ${stranger ? 'unknown' : state}`,
     `operation: ${operation === undefined ? 'idle' : `${operation.name} ${Math.floor(operation.progress * 100)}%`}`,
     ...(disk.readOnly === undefined ? [] : [`read-only: ${disk.readOnly}`]),
   ].join('\n');
 }
 
-function guestCommand(name: string, usage: string, help: string): Command {
-  const run = async ({ disk }: MountedDisk): Promise<string> => {
-    throw new FsError('ENOTSUP', `${name} is for guests: the disk ${disk.name} has no guest.`);
-  };
+function guestCommand(
+  name: string,
+  usage: string,
+  help: string,
+  act: (guest: Guest, rest: string) => Promise<string>,
+): Command {
+  const run = ({ disk, machine }: MountedDisk, rest: string): Promise<string> =>
+    machine.withGuest(async (guest) => {
+      if (usage !== '' && rest === '') throw wrongUsage(name);
+      if (guest === undefined) {
+        throw new FsError('ENOTSUP', `${name} is for guests: the disk ${disk.name} has no guest.`);
+      }
+      return (await act(guest, rest)) || `guest ${guest.name}: ${name} done`;
+    });
   return { name, usage, help: `${help} (guest)`, run };
 }
 

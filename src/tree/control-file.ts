@@ -62,10 +62,10 @@ class OpenControl implements OpenFile {
     return at < 0 ? new Uint8Array() : this.#answer.subarray(at, at + size);
   }
 
-  async write(offset: number, data: Uint8Array): Promise<number> {
+  async write(offset: number, data: Uint8Array, _sync: boolean, { signal }: Caller): Promise<number> {
     this.#commandEnd = offset;
     try {
-      this.#answer = answerBytes(await runCommand(this.#mounted, this.#commandIn(data)));
+      this.#answer = answerBytes(await runCommand(this.#mounted, this.#commandIn(data), signal));
       this.#commandEnd = offset + data.length;
     } catch (error) {
       // A write that fails leaves the file's offset where it was.

@@ -47,6 +47,11 @@ export class DataThreads implements DataThreadSource {
     return this.#table.take(range);
   }
 
+  /** Let an open file show contents that were published, or NO_CONTENTS. */
+  showInSlot(slot: number, contentsId: number): void {
+    this.#table.show(slot, contentsId);
+  }
+
   freeSlot(slot: number): void {
     this.#table.free(slot);
   }

@@ -1,11 +1,14 @@
 /** The directory of one disk: its live contents, its checkpoints, and what tells of them. */
 import type { Disk } from '../disk/disk.ts';
 import type { DirectoryNode, Node, Notifier } from '../fuse/filesystem.ts';
+import { ByIdDirectory } from './by-id-directory.ts';
 import { shareOf } from './checkpoint-directory.ts';
 import { ControlFile } from './control-file.ts';
 import type { DataThreads } from './data-threads.ts';
 import { ImageFile } from './image-file.ts';
+import { IncomingDirectory } from './incoming-directory.ts';
 import { diskInfoText } from './info-json.ts';
+import type { Machine } from './machine.ts';
 import { MountedDisk } from './mounted-disk.ts';
 import { FixedDirectory, type InodeNumbers, type Place, ROOT_INO } from './node.ts';
 import { OverlaysDirectory } from './overlays-directory.ts';
@@ -20,6 +23,8 @@ export interface DiskDirectoryOptions {
   readonly releaseGraceMs: number;
   /** Undefined until the driver has attached it. */
   readonly notifier: () => Notifier | undefined;
+  /** The guest whose disk it is. */
+  readonly machine: Machine;
 }
 
 export interface DiskDirectory {
@@ -34,10 +39,8 @@ export function createDiskDirectory({
   threads,
   releaseGraceMs,
   notifier,
+  machine,
 }: DiskDirectoryOptions): DiskDirectory {
-  const mounted = new MountedDisk(disk, threads, releaseGraceMs);
-  // Held while mounted: the partition table is read at each look into partitions/.
-  const { contents } = mounted.live.acquire();
   const timeMs = () => disk.modifiedMs();
   const place = (path: string): Place => ({
     ino: inodes.next(),
@@ -45,6 +48,10 @@ export function createDiskDirectory({
     report: (error) => mounted.report(error),
   });
   const here = place('');
+  const incoming = new IncomingDirectory(place('.incoming'), here.ino, inodes, threads);
+  const mounted = new MountedDisk({ disk, threads, releaseGraceMs, machine, incoming });
+  // Held while mounted: the partition table is read at each look into partitions/.
+  const { contents } = mounted.live.acquire();
   const live = { mounted, opening: mounted.live, timeMs, checkpoint: () => undefined, kind: 'live' } as const;
 
   const diskFile = new ImageFile({
@@ -77,8 +84,9 @@ export function createDiskDirectory({
   const info = new TextFile({
     ino: inodes.next(),
     path: () => `${disk.name}/info.json`,
-    text: () => diskInfoText(disk),
+    text: () => diskInfoText(disk, machine.lastStatus),
     timeMs,
+    refresh: () => machine.status(),
   });
   const entries = new Map<string, Node>([
     ['disk.raw', diskFile],
@@ -87,6 +95,10 @@ export function createDiskDirectory({
     ['overlays', new OverlaysDirectory(place('overlays'), here.ino, timeMs)],
     ['control', new ControlFile(inodes.next(), mounted)],
     ['info.json', info],
+  ]);
+  const hidden = new Map<string, Node>([
+    ['.incoming', incoming],
+    ['.by-id', new ByIdDirectory(place('.by-id'), here.ino, mounted, inodes)],
   ]);
 
   disk.onChange((change) => {
@@ -102,8 +114,9 @@ export function createDiskDirectory({
     kernel?.invalidateNode(info.ino);
   });
 
+  machine.disks.push(mounted);
   return {
-    node: new FixedDirectory(here, ROOT_INO, entries, timeMs),
+    node: new FixedDirectory(here, ROOT_INO, entries, timeMs, hidden),
     close: () => mounted.live.release(),
   };
 }

@@ -1,8 +1,6 @@
 /** The text of info.json, of a disk and of a checkpoint (INTERFACE.md section 3). */
-import type { Checkpoint, Disk } from '../disk/disk.ts';
-
-/** No guest runs on a disk that vdskfs serves by itself. */
-const NO_GUEST = { kind: 'none', name: null, alive: false } as const;
+import type { Checkpoint, CheckpointDetails, Disk } from '../disk/disk.ts';
+import type { MachineStatus } from './machine.ts';
 
 const pretty = (value: unknown): string => `${JSON.stringify(value, null, 2)}\n`;
 
@@ -15,7 +13,7 @@ const listed = ({ name, id, createdMs, vmStateSize }: Checkpoint) => ({
   vmStateSize,
 });
 
-export function diskInfoText(disk: Disk): string {
+export function diskInfoText(disk: Disk, { kind, name: guest, alive }: MachineStatus): string {
   const checkpoints = disk.checkpoints();
   const { name, image, virtualSize, allocatedSize, format, chain } = disk.info();
   return pretty({
@@ -27,16 +25,16 @@ export function diskInfoText(disk: Disk): string {
     allocatedSize,
     format,
     chain,
-    guest: NO_GUEST,
+    guest: { kind, name: guest ?? null, alive },
     snapshots: checkpoints.filter(({ kind }) => kind === 'internal').map(listed),
     overlays: checkpoints.filter(({ kind }) => kind === 'external').map(listed),
   });
 }
 
-export function checkpointInfoText(checkpoint: Checkpoint): string {
-  const { name, realName, id, createdMs, virtualSize, vmStateSize, vmClockNs, layer, consistency } = checkpoint;
+export function checkpointInfoText(checkpoint: Checkpoint, { consistency, guest }: CheckpointDetails): string {
+  const { name, realName, id, createdMs, virtualSize, vmStateSize, vmClockNs, layer } = checkpoint;
   // Which guest the memory came from is not recorded in a snapshot that QEMU made.
-  const memory = vmStateSize > 0 ? { guest: { kind: 'unknown', name: null }, guestClockNs: vmClockNs } : {};
+  const known = guest ?? (vmStateSize > 0 ? { kind: 'unknown', name: null } : undefined);
   return pretty({
     name,
     realName,
@@ -46,6 +44,7 @@ export function checkpointInfoText(checkpoint: Checkpoint): string {
     vmStateSize,
     layer,
     consistency,
-    ...memory,
+    ...(known !== undefined && { guest: known }),
+    ...(vmStateSize > 0 && { guestClockNs: vmClockNs }),
   });
 }

@@ -4,10 +4,13 @@
  */
 import debug from 'debug';
 import { validateNewName } from '../disk/checkpoint-name.ts';
-import type { Checkpoint, Disk, OpenContents } from '../disk/disk.ts';
+import type { Checkpoint, CheckpointKind, Disk, OpenContents, Operation } from '../disk/disk.ts';
 import { FsError } from '../errors.ts';
 import { type DataThreads, SharedOpening } from './data-threads.ts';
+import type { IncomingDirectory } from './incoming-directory.ts';
+import type { Machine } from './machine.ts';
 import { OpenFiles } from './open-files.ts';
+import { takeCheckpoint } from './take-checkpoint.ts';
 
 const log = debug('vdskfs:tree');
 
@@ -20,17 +23,39 @@ export const done = {
   renamed: (old: string, { name }: Checkpoint): string => `checkpoint ${quote(old)} is now ${quote(name)}`,
 };
 
+export interface MountedDiskOptions {
+  readonly disk: Disk;
+  readonly threads: DataThreads;
+  /** See OpenFiles. */
+  readonly releaseGraceMs: number;
+  /** The guest whose disk it is. */
+  readonly machine: Machine;
+  /** Where that guest writes its state. */
+  readonly incoming: IncomingDirectory;
+}
+
+export interface TakeOptions {
+  readonly kind: CheckpointKind;
+  readonly withoutMemory?: boolean;
+  readonly suspend?: boolean;
+  /** Who asked waits no more. */
+  readonly signal: AbortSignal;
+}
+
 export class MountedDisk {
   readonly disk: Disk;
   readonly threads: DataThreads;
+  readonly machine: Machine;
+  readonly incoming: IncomingDirectory;
   readonly openFiles: OpenFiles;
   readonly live: SharedOpening;
   #lastAnswer = '';
 
-  /** @param releaseGraceMs see OpenFiles */
-  constructor(disk: Disk, threads: DataThreads, releaseGraceMs: number) {
+  constructor({ disk, threads, releaseGraceMs, machine, incoming }: MountedDiskOptions) {
     this.disk = disk;
     this.threads = threads;
+    this.machine = machine;
+    this.incoming = incoming;
     this.openFiles = new OpenFiles(releaseGraceMs);
     this.live = this.opening(() => disk.openLive());
   }
@@ -38,6 +63,10 @@ export class MountedDisk {
   /** For contents of this disk. */
   opening(open: () => OpenContents): SharedOpening {
     return new SharedOpening(open, this.threads, (error) => this.report(error));
+  }
+
+  operation(): Operation | undefined {
+    return this.machine.operation ?? this.disk.operation();
   }
 
   /** What the disk's last command answered, or why the last refused call was refused. */
@@ -81,12 +110,15 @@ export class MountedDisk {
     return found;
   }
 
-  /** @throws FsError EEXIST, EINVAL, ENAMETOOLONG, EROFS, and the disk's own */
-  async take(name: string): Promise<Checkpoint> {
+  /** With all disks of its guest, and the memory of that if it runs: see `takeCheckpoint`. */
+  take(name: string, { kind, withoutMemory = false, suspend = false, signal }: TakeOptions): Promise<Checkpoint> {
+    return takeCheckpoint(this.machine, { disk: this, kind, name, withoutMemory, suspend, signal });
+  }
+
+  /** @throws FsError EROFS, EEXIST where a new checkpoint cannot have this name */
+  refuseNewName(kind: CheckpointKind, name: string): void {
     this.#refuseIfReadOnly();
-    validateNewName(name);
-    this.#refuseIfTaken(name);
-    return this.disk.takeCheckpoint(name);
+    this.#refuseIfTaken(kind, name);
   }
 
   /** @throws FsError EBUSY while a file of it is open, EROFS, and the disk's own */
@@ -100,13 +132,17 @@ export class MountedDisk {
     this.#refuseIfReadOnly();
     validateNewName(newName);
     if (checkpoint.name === newName) return checkpoint;
-    this.#refuseIfTaken(newName);
+    this.#refuseIfTaken(checkpoint.kind, newName);
     return this.disk.renameCheckpoint(checkpoint, newName);
   }
 
-  /** @throws FsError EBUSY while a live file is open for writing: whoever writes takes the disk for its own */
+  /**
+   * @throws FsError EBUSY while the guest runs, and while a live file is open for writing: whoever writes takes the disk
+   *   for its own
+   */
   async rollback(checkpoint: Checkpoint): Promise<void> {
     this.#refuseIfReadOnly();
+    await this.machine.refuseIfAlive(`Rolling back ${this.disk.name}`);
     await this.openFiles.exclusively(`rollback to ${quote(checkpoint.name)}`, () => this.disk.rollback(checkpoint));
   }
 
@@ -133,8 +169,9 @@ export class MountedDisk {
   }
 
   /** Real names count too: a second checkpoint of that name would be shown under another. */
-  #refuseIfTaken(name: string): void {
-    if (this.#internal().some((other) => other.name === name || other.realName === name)) {
+  #refuseIfTaken(kind: CheckpointKind, name: string): void {
+    const others = this.disk.checkpoints().filter((other) => other.kind === kind);
+    if (others.some((other) => other.name === name || other.realName === name)) {
       throw new FsError('EEXIST', `${this.disk.name} has a checkpoint ${quote(name)} already.`);
     }
   }

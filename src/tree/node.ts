@@ -1,7 +1,16 @@
 /** What all nodes of the tree share: inode numbers, attributes, and the refusal of what a node does not do. */
 import { constants } from 'node:fs';
 import { FsError } from '../errors.ts';
-import type { AttributeChange, Attributes, Caller, DirectoryEntry, DirectoryNode, Node } from '../fuse/filesystem.ts';
+import type {
+  AttributeChange,
+  Attributes,
+  Caller,
+  DirectoryEntry,
+  DirectoryNode,
+  FileNode,
+  Node,
+  OpenFile,
+} from '../fuse/filesystem.ts';
 
 /** For what never changes while mounted. Milliseconds. */
 export const LASTING_MS = 3_600_000;
@@ -43,6 +52,12 @@ export function refuseOwnership(change: AttributeChange, path: string): void {
   if (change.uid !== undefined || change.gid !== undefined) {
     throw new FsError('EPERM', `The owner of ${path} cannot be changed: it is whoever mounted.`);
   }
+}
+
+/** What `createFile` answers with. */
+export interface FileCreated {
+  readonly node: FileNode;
+  readonly open: OpenFile;
 }
 
 /** Where a node stands, and who hears of what it refuses. */
@@ -87,7 +102,7 @@ export abstract class Directory implements DirectoryNode {
     throw this.#refusal(`${JSON.stringify(name)} cannot be removed`);
   }
 
-  async createFile(name: string, _flags: number, _caller: Caller): Promise<never> {
+  async createFile(name: string, _flags: number, _mode: number, _caller: Caller): Promise<FileCreated> {
     throw this.#refusal(`The file ${JSON.stringify(name)} cannot be made`);
   }
 
@@ -123,11 +138,20 @@ export abstract class Directory implements DirectoryNode {
 export class FixedDirectory extends Directory {
   readonly #entries: ReadonlyMap<string, Node>;
   readonly #timeMs: () => number;
+  readonly #hidden: ReadonlyMap<string, Node>;
 
-  constructor(place: Place, parentIno: number, entries: ReadonlyMap<string, Node>, timeMs: () => number) {
+  /** @param hidden found by their names, but not listed */
+  constructor(
+    place: Place,
+    parentIno: number,
+    entries: ReadonlyMap<string, Node>,
+    timeMs: () => number,
+    hidden: ReadonlyMap<string, Node> = new Map(),
+  ) {
     super(place, parentIno);
     this.#entries = entries;
     this.#timeMs = timeMs;
+    this.#hidden = hidden;
   }
 
   override async attributes(): Promise<Attributes> {
@@ -137,7 +161,7 @@ export class FixedDirectory extends Directory {
   }
 
   override async lookup(name: string): Promise<Node> {
-    const node = this.#entries.get(name);
+    const node = this.#entries.get(name) ?? this.#hidden.get(name);
     if (node === undefined) throw this.absent(name);
     return node;
   }

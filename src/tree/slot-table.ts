@@ -5,18 +5,22 @@ const SLOT_BYTES = 32;
 const SLOT_WORDS = SLOT_BYTES / 4;
 const SLOT_DOUBLES = SLOT_BYTES / 8;
 
-/** Flags of a slot; 0 means free. */
-export const flag = { IN_USE: 1, WRITABLE: 2 } as const;
+/** Flags of a slot; 0 means free. `GROWS`: guest state on its way in, a file that grows by what is written to it. */
+export const flag = { IN_USE: 1, WRITABLE: 2, GROWS: 4 } as const;
+
+/** `contentsId` of an open file whose contents do not exist yet: the main thread serves it. */
+export const NO_CONTENTS = 0;
 
 /** What a slot says of one open file. */
 export interface OpenRange {
-  /** `SharedContents.id`. */
+  /** `SharedContents.id`, or NO_CONTENTS. */
   readonly contentsId: number;
   /** Where the file starts in the contents, in bytes. */
   readonly base: number;
   /** Bytes; Infinity for a file as long as the disk, also after it has grown. */
   readonly length: number;
   readonly writable: boolean;
+  readonly grows?: boolean;
 }
 
 /**
@@ -25,6 +29,7 @@ export interface OpenRange {
  *
  * Only the main thread writes. A slot is complete, flags last, before the OPEN that hands it out is answered, and freed
  * after the kernel's RELEASE, which follows the answers to all requests on it: no thread ever reads one half-written.
+ * Only the contents id may change in between, by `show`.
  */
 export class SlotTable {
   readonly shared: SharedArrayBuffer;
@@ -58,8 +63,14 @@ export class SlotTable {
     this.#words[word + 1] = range.contentsId;
     this.#doubles[double + 2] = range.base;
     this.#doubles[double + 3] = range.length;
-    Atomics.store(this.#words, word, flag.IN_USE | (range.writable ? flag.WRITABLE : 0));
+    const flags = flag.IN_USE | (range.writable ? flag.WRITABLE : 0) | (range.grows === true ? flag.GROWS : 0);
+    Atomics.store(this.#words, word, flags);
     return slot;
+  }
+
+  /** Let an open file show other contents. The threads were told of them before. */
+  show(slot: number, contentsId: number): void {
+    Atomics.store(this.#words, (slot + 1) * SLOT_WORDS + 1, contentsId);
   }
 
   free(slot: number): void {
@@ -72,7 +83,7 @@ export class SlotTable {
   }
 
   contentsId(slot: number): number {
-    return this.#words[(slot + 1) * SLOT_WORDS + 1] as number;
+    return Atomics.load(this.#words, (slot + 1) * SLOT_WORDS + 1);
   }
 
   base(slot: number): number {

@@ -46,10 +46,10 @@ export class SnapshotsDirectory extends Directory {
     return Array.from(this.#read(), ([name, checkpoint]) => ({ name, node: this.#node(checkpoint) }));
   }
 
-  override async makeDirectory(name: string, _caller: Caller): Promise<Node> {
+  override async makeDirectory(name: string, { signal }: Caller): Promise<Node> {
     let taken: Checkpoint | undefined;
     await this.#mounted.answer(async () => {
-      taken = await this.#mounted.take(name);
+      taken = await this.#mounted.take(name, { kind: 'internal', signal });
       return done.taken(taken);
     });
     this.refresh();

@@ -10,6 +10,8 @@ export interface TextFileOptions {
   readonly path: () => string;
   readonly text: () => string;
   readonly timeMs: () => number;
+  /** Find out, at each open, what `text` tells of. */
+  readonly refresh?: () => Promise<unknown>;
   /** Enter the opened file somewhere; the result is called at its release. */
   readonly enter?: () => Promise<() => void>;
 }
@@ -38,6 +40,7 @@ export class TextFile implements FileNode {
 
   async open(flags: number, _caller: Caller): Promise<OpenFile> {
     if (opensForWriting(flags)) throw this.#readOnly();
+    await this.#options.refresh?.();
     const text = Buffer.from(this.#options.text());
     const leave = await this.#options.enter?.();
     return new OpenText(text, leave, () => this.#readOnly());

@@ -5,7 +5,7 @@ import type { Contents, SharedContents } from '../disk/disk.ts';
 import { type Errno, FsError } from '../errors.ts';
 import { DATA_HANDLES, type DataPlane, DEFER } from '../fuse/data-plane.ts';
 import { errnoNumber } from '../os/errno.ts';
-import { allocateRange, GATE_CLOSED, readRange, seekRange, writeRange } from './byte-range.ts';
+import { allocateRange, GATE_CLOSED, readRange, seekRange, writeGrowing, writeRange } from './byte-range.ts';
 import { flag, SlotTable } from './slot-table.ts';
 
 const log = debug('vdskfs:tree');
@@ -59,7 +59,9 @@ export class ThreadPlane implements DataPlane {
     try {
       const contents = this.#open(fh);
       if (contents === undefined || !this.#writable(fh)) return DEFER;
-      const count = writeRange(contents, this.#table.base(fh), this.#table.length(fh), offset, size, request, at);
+      const count = this.#grows(fh)
+        ? writeGrowing(contents, offset, size, request, at)
+        : writeRange(contents, this.#table.base(fh), this.#table.length(fh), offset, size, request, at);
       if (count === GATE_CLOSED) return DEFER;
       if (sync) contents.flush();
       return count;
@@ -81,7 +83,7 @@ export class ThreadPlane implements DataPlane {
   allocate(fh: number, offset: number, length: number, mode: number): number {
     try {
       const contents = this.#open(fh);
-      if (contents === undefined || !this.#writable(fh)) return DEFER;
+      if (contents === undefined || !this.#writable(fh) || this.#grows(fh)) return DEFER;
       const done = allocateRange(contents, this.#table.base(fh), this.#table.length(fh), offset, length, mode);
       return done === GATE_CLOSED ? DEFER : done;
     } catch (error) {
@@ -110,6 +112,10 @@ export class ThreadPlane implements DataPlane {
     if (fh >= DATA_HANDLES) return undefined;
     if (this.#table.generation() !== this.#drained) this.#drain();
     return (this.#table.flags(fh) & flag.IN_USE) === 0 ? undefined : this.#contents.get(this.#table.contentsId(fh));
+  }
+
+  #grows(fh: number): boolean {
+    return (this.#table.flags(fh) & flag.GROWS) !== 0;
   }
 
   #writable(fh: number): boolean {

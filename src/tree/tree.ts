@@ -7,6 +7,7 @@ import type { DirectoryNode, FileSystem, FileSystemStatus, Node, Notifier } from
 import { fsErrorFrom } from '../os/errno.ts';
 import { DataThreads } from './data-threads.ts';
 import { createDiskDirectory, type DiskDirectory } from './disk-directory.ts';
+import { Machine, type MachineOptions } from './machine.ts';
 import { FixedDirectory, InodeNumbers, ROOT_INO } from './node.ts';
 import { readmeText } from './readme.ts';
 import { TextFile } from './text-file.ts';
@@ -16,12 +17,23 @@ const BLOCK_BYTES = 4096;
 
 const README = 'README';
 
+const WITHOUT_GUEST: MachineOptions = {
+  find: async () => undefined,
+  remembered: async () => {
+    throw new FsError('ENOTSUP', 'No guest was given for this disk.');
+  },
+  timeoutMs: 0,
+  mountpoint: '',
+};
+
 export interface TreeOptions {
   /**
    * How long an operation waits for files that are in its way to be released before it fails with EBUSY; see
    * `OpenFiles`. Default 250 ms.
    */
   readonly releaseGraceMs?: number;
+  /** Guests, each with the names of its disks. What is in none of them has no guest. */
+  readonly machines?: readonly (MachineOptions & { readonly disks: readonly string[] })[];
 }
 
 /** Stands on the disks, and neither opens nor closes them. */
@@ -32,7 +44,7 @@ export class Tree implements FileSystem {
   readonly #directories: DiskDirectory[] = [];
   #notifier: Notifier | undefined;
 
-  constructor(disks: readonly Disk[], { releaseGraceMs = 250 }: TreeOptions) {
+  constructor(disks: readonly Disk[], { releaseGraceMs = 250, machines = [] }: TreeOptions) {
     const inodes = new InodeNumbers();
     const mountedMs = Date.now();
     refuseSharedNames(disks);
@@ -45,11 +57,23 @@ export class Tree implements FileSystem {
       timeMs: () => mountedMs,
     });
     const entries = new Map<string, Node>([[README, readme]]);
+    const byDisk = new Map<string, Machine>();
+    for (const options of machines) {
+      const machine = new Machine(options);
+      for (const name of options.disks) byDisk.set(name, machine);
+    }
     try {
       for (const disk of disks) {
         const { dataThreads: threads } = this;
         const notifier = () => this.#notifier;
-        const directory = createDiskDirectory({ disk, inodes, releaseGraceMs, threads, notifier });
+        const directory = createDiskDirectory({
+          disk,
+          inodes,
+          releaseGraceMs,
+          threads,
+          notifier,
+          machine: byDisk.get(disk.name) ?? new Machine(WITHOUT_GUEST),
+        });
         this.#directories.push(directory);
         entries.set(disk.name, directory.node);
       }

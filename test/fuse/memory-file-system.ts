@@ -161,7 +161,12 @@ export class MemoryDirectory extends MemoryNode implements DirectoryNode {
     this.entries.delete(name);
   }
 
-  async createFile(name: string, flags: number, _caller: Caller): Promise<{ node: FileNode; open: OpenFile }> {
+  async createFile(
+    name: string,
+    flags: number,
+    _mode: number,
+    _caller: Caller,
+  ): Promise<{ node: FileNode; open: OpenFile }> {
     this.#mustBeFree(name);
     const node = new MemoryFile(this.fileSystem, Buffer.alloc(0), 'fresh');
     this.add(name, node);

@@ -164,7 +164,7 @@ describe('the tree', () => {
       const [{ name } = { name: '' }] = await directory.list();
       const before = await directory.list();
       expect(await errnoOf(directory.makeDirectory('x', caller))).toBe('EPERM');
-      expect(await errnoOf(directory.createFile('x', O_RDWR, caller))).toBe('EPERM');
+      expect(await errnoOf(directory.createFile('x', O_RDWR, 0o644, caller))).toBe('EPERM');
       expect(await errnoOf(directory.unlink(name, caller))).toBe('EPERM');
       expect(await errnoOf(directory.removeDirectory(name, caller))).toBe('EPERM');
       expect(await errnoOf(directory.rename(name, directory, 'x', false, caller))).toBe('EPERM');
@@ -447,7 +447,7 @@ describe('snapshots/', () => {
     expect(await errnoOf(directory.rename('b', inside, 'b', false, caller))).toBe('EPERM');
     expect(await errnoOf(directory.rename('b', root, 'b', false, caller))).toBe('EPERM');
     expect(await errnoOf(directory.rename('c', directory, 'd', false, caller))).toBe('ENOENT');
-    expect(await errnoOf(directory.createFile('f', O_RDWR, caller))).toBe('EPERM');
+    expect(await errnoOf(directory.createFile('f', O_RDWR, 0o644, caller))).toBe('EPERM');
     expect(await errnoOf(directory.unlink('a', caller))).toBe('EPERM');
   });
 
