@@ -14,6 +14,7 @@ const FALLBACK: Partial<Record<Errno, number>> = { ENODATA: 61, ENOTSUP: 95, EST
 
 /** Names that say the same as one of ours. All others become EIO, with the original name kept in the sentence. */
 const SYNONYMS: Readonly<Record<string, Errno>> = {
+  ECONNREFUSED: 'ENOTCONN',
   EDQUOT: 'ENOSPC',
   EFTYPE: 'EINVAL',
   ELOOP: 'EINVAL',

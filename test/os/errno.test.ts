@@ -46,6 +46,7 @@ describe('errno numbers of this host', () => {
   });
 
   it.each([
+    ['ECONNREFUSED', 'ENOTCONN'],
     ['EDQUOT', 'ENOSPC'],
     ['ELOOP', 'EINVAL'],
     ['EOPNOTSUPP', 'ENOTSUP'],
