@@ -47,7 +47,21 @@ export const i64: Field<bigint> = {
   set: (view, offset, value, little) => view.setBigInt64(offset, value, little),
 };
 
-type Fields = Readonly<Record<string, Field<number> | Field<bigint>>>;
+/** `bytes` characters of one byte each, filled up with NULs, which `get` leaves out. @throws RangeError if it does not fit */
+export const latin1 = (bytes: number): Field<string> => ({
+  bytes,
+  get: (view, offset) =>
+    Buffer.from(view.buffer, view.byteOffset + offset, bytes)
+      .toString('latin1')
+      .replace(/\0+$/, ''),
+  set: (view, offset, value) => {
+    if (value.length > bytes) throw new RangeError(`'${value}' has more than ${bytes} bytes`);
+    const target = Buffer.from(view.buffer, view.byteOffset + offset, bytes);
+    target.fill(0).write(value, 'latin1');
+  },
+});
+
+type Fields = Readonly<Record<string, Field<number> | Field<bigint> | Field<string>>>;
 type ValueOf<F> = F extends Field<infer T> ? T : never;
 
 /** The decoded form of a record. */
@@ -79,16 +93,16 @@ function define<F extends Fields>(name: string, bytes: number, fields: F, little
     at: at as { [K in keyof F]: number },
     decode(source, offset = 0) {
       const view = new DataView(source.buffer, source.byteOffset + offset, bytes);
-      const value: Record<string, number | bigint> = {};
+      const value: Record<string, number | bigint | string> = {};
       for (const [key, field] of Object.entries(fields)) value[key] = field.get(view, at[key] as number, little);
       return value as { -readonly [K in keyof F]: ValueOf<F[K]> };
     },
     encode(value, target = new Uint8Array(bytes), offset = 0) {
       const view = new DataView(target.buffer, target.byteOffset + offset, bytes);
       for (const [key, field] of Object.entries(fields)) {
-        const given = value[key as keyof F] as number | bigint | undefined;
-        const zero = field === u64 || field === i64 ? 0n : 0;
-        (field as Field<number | bigint>).set(view, at[key] as number, given ?? zero, little);
+        const given = value[key as keyof F] as number | bigint | string | undefined;
+        if (given !== undefined) (field as Field<typeof given>).set(view, at[key] as number, given, little);
+        else target.fill(0, offset + (at[key] as number), offset + (at[key] as number) + field.bytes);
       }
       return target;
     },

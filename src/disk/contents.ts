@@ -111,7 +111,7 @@ export class SnapshotContents implements Contents {
 }
 
 /** First offset ≥ `offset` with data, or without; -1 (data) or the size (hole) if there is none. */
-function search(
+export function search(
   image: Image,
   table: L1Table | undefined,
   base: number,

@@ -2,23 +2,27 @@
 import { statSync } from 'node:fs';
 import { basename } from 'node:path';
 import { FsError } from '../errors.ts';
+import type { GuestIdentity } from '../guest/guest.ts';
 import { dataClusters } from '../qcow2/data-clusters.ts';
 import { closeGate, gateOpen, openGate } from '../qcow2/gate.ts';
 import { compatible, incompatible } from '../qcow2/header.ts';
 import { number } from '../qcow2/image.ts';
 import { closeImage, snapshotList } from '../qcow2/open-image.ts';
 import { growDisk, shrinkDisk } from '../qcow2/resize.ts';
-import type { SnapshotEntry } from '../qcow2/snapshot-table.ts';
+import { applicationData, type SnapshotEntry } from '../qcow2/snapshot-table.ts';
 import {
   applySnapshot,
   deleteSnapshot,
   readSnapshotL1,
   renameSnapshot,
   type SnapshotList,
+  vmStateOffset,
 } from '../qcow2/snapshots.ts';
 import { freezeSnapshot } from '../qcow2/take-snapshot.ts';
+import type { SharedStateArea } from '../qcow2/vm-state.ts';
 import type { SharedView } from './attach-contents.ts';
 import { shownNames, validateNewName } from './checkpoint-name.ts';
+import { type CheckpointRecord, decodeGuest, decodeRecord } from './checkpoint-record.ts';
 import { LiveContents, SnapshotContents } from './contents.ts';
 import type {
   Checkpoint,
@@ -34,6 +38,7 @@ import type {
 } from './disk.ts';
 import type { OpenChain } from './open-chain.ts';
 import { PendingSnapshot } from './pending-snapshot.ts';
+import { detailsText, memoryOffset } from './state-archive.ts';
 
 /** Disk sizes are whole sectors, as QEMU wants them too. */
 const SECTOR_BYTES = 512;
@@ -129,11 +134,36 @@ export class OpenedDisk implements Disk {
   }
 
   openState(checkpoint: Checkpoint, name: string): OpenContents {
-    throw new FsError('ENOENT', `checkpoint '${checkpoint.name}' has no file '${name}'`);
+    const file = this.#recordOf(checkpoint).files.find((other) => other.name === name);
+    if (file === undefined) throw new FsError('ENOENT', `checkpoint '${checkpoint.name}' has no file '${name}'`);
+    return this.#openArchive(checkpoint, file.offset, file.bytes);
   }
 
-  details({ consistency }: Checkpoint): CheckpointDetails {
-    return { consistency };
+  details(checkpoint: Checkpoint): CheckpointDetails {
+    const { consistency, guest, guestInArchive } = this.#recordOf(checkpoint);
+    return { consistency, guest: guestInArchive ? this.#archivedGuest(checkpoint) : guest };
+  }
+
+  #archivedGuest(checkpoint: Checkpoint): GuestIdentity | undefined {
+    const bytes = memoryOffset(this.#chain.header.clusterBytes);
+    if (checkpoint.vmStateSize < bytes) return undefined;
+    using open = this.#openArchive(checkpoint, 0, bytes);
+    const front = new Uint8Array(bytes);
+    open.contents.read(front, 0, bytes, 0);
+    const text = detailsText(front);
+    return text === undefined ? undefined : decodeGuest(text);
+  }
+
+  #openArchive(checkpoint: Checkpoint, offset: number, bytes: number): OpenContents {
+    return this.#openSnapshot(checkpoint, (entry) => ({
+      base: vmStateOffset(this.#chain.image, entry) + offset,
+      size: bytes,
+    }));
+  }
+
+  #recordOf(checkpoint: Checkpoint): CheckpointRecord {
+    const entry = this.#entryOf(checkpoint);
+    return decodeRecord(applicationData(entry), entry.vmStateSize);
   }
 
   async takeCheckpoint(name: string, options: TakeOptions = {}): Promise<Checkpoint> {
@@ -167,11 +197,18 @@ export class OpenedDisk implements Disk {
     const { image } = this.#chain;
     const frozen = await freezeSnapshot(image, this.#list, Date.now(), progress);
     const allocated = (image.numbers[number.DATA_CLUSTERS] as number) < 0 ? undefined : this.allocatedBytes();
-    return new PendingSnapshot(image, this.#list, frozen, { name, progress }, (entry) => {
-      if (allocated !== undefined) this.#allocated.set(entry.id, allocated);
-      this.#relist();
-      this.#tell('checkpoints');
-      return this.#checkpoints.find((checkpoint) => this.#entries.get(checkpoint) === entry) as Checkpoint;
+    return new PendingSnapshot(frozen, {
+      image,
+      list: this.#list,
+      name,
+      progress,
+      share: (area) => this.#share(undefined, area),
+      published: (entry) => {
+        if (allocated !== undefined) this.#allocated.set(entry.id, allocated);
+        this.#relist();
+        this.#tell('checkpoints');
+        return this.#checkpoints.find((checkpoint) => this.#entries.get(checkpoint) === entry) as Checkpoint;
+      },
     });
   }
 
@@ -351,7 +388,13 @@ export class OpenedDisk implements Disk {
     let open = true;
     return {
       contents: new SnapshotContents(image, l1, base, size),
-      shared: this.#share({ l1: l1.view.buffer as SharedArrayBuffer, l1Entries: l1.entries, base, size }),
+      shared: this.#share({
+        l1: l1.view.buffer as SharedArrayBuffer,
+        l1Entries: l1.entries,
+        diskBytes: entry.virtualSize,
+        base,
+        size,
+      }),
       [Symbol.dispose]: () => {
         if (!open) return;
         open = false;
@@ -364,8 +407,9 @@ export class OpenedDisk implements Disk {
     };
   }
 
-  #share(snapshot: SharedView['snapshot']): SharedView {
-    return { id: nextId(), chainId: this.#chainId, chain: this.#chain.shared, snapshot };
+  #share(snapshot: SharedView['snapshot'], state?: SharedStateArea): SharedView {
+    const view = { id: nextId(), chainId: this.#chainId, chain: this.#chain.shared, snapshot };
+    return state === undefined ? view : { ...view, state };
   }
 
   #tell(change: Change): void {
@@ -374,6 +418,7 @@ export class OpenedDisk implements Disk {
 }
 
 function checkpointOf(entry: SnapshotEntry, name: string, layer: string): Checkpoint {
+  const record = decodeRecord(applicationData(entry), entry.vmStateSize);
   return {
     kind: 'internal',
     name,
@@ -384,8 +429,8 @@ function checkpointOf(entry: SnapshotEntry, name: string, layer: string): Checkp
     vmStateSize: entry.vmStateSize,
     vmClockNs: Number(entry.vmClockNs),
     layer,
-    consistency: entry.vmStateSize > 0 ? 'memory' : 'crash',
-    stateFiles: [],
+    consistency: record.consistency,
+    stateFiles: record.files.map(({ name: file, bytes }) => ({ name: file, bytes })),
   };
 }
 

@@ -3,7 +3,7 @@ import type { Storage } from '../storage/storage.ts';
 import type { Backing, Image } from './image.ts';
 import { kind } from './l2-entry.ts';
 import { type L1Table, lookup } from './lookup.ts';
-import { readRange } from './read.ts';
+import { backedEnd, readRange } from './read.ts';
 
 /** A qcow2 image with all that is below it. */
 export function imageBacking(image: Image): Backing {
@@ -46,8 +46,9 @@ export function extentAt(
     image.unlock();
   }
   const run = extent.length;
-  if (extent.kind === kind.UNALLOCATED && backing !== undefined && guest < backing.size()) {
-    return backing.extentAt(guest, Math.min(run, backing.size() - guest));
+  const backed = backedEnd(image, table) - guest;
+  if (extent.kind === kind.UNALLOCATED && backing !== undefined && backed > 0) {
+    return backing.extentAt(guest, Math.min(run, backed));
   }
   return { data: extent.kind === kind.DATA || extent.kind === kind.COMPRESSED, length: run };
 }

@@ -9,6 +9,8 @@ import { hex } from './units.ts';
 export interface L1Table {
   readonly view: DataView;
   readonly entries: number;
+  /** Guest bytes of the disk, where state of the guest follows: that has nothing below it. Undefined: all is disk. */
+  readonly diskBytes?: number;
 }
 
 /**

@@ -44,7 +44,7 @@ export function readRange(
           target.fill(0, to, to + run);
           break;
         case kind.UNALLOCATED:
-          readBacking(image, target, to, run, from);
+          readBacking(image, table, target, to, run, from);
           break;
         case kind.COMPRESSED:
           readCompressed(image, target, to, run, from);
@@ -59,12 +59,23 @@ export function readRange(
   }
 }
 
-function readBacking(image: Image, target: Uint8Array, at: number, length: number, guest: number): void {
+function readBacking(
+  image: Image,
+  table: L1Table | undefined,
+  target: Uint8Array,
+  at: number,
+  length: number,
+  guest: number,
+): void {
   const { backing } = image;
-  const there = backing === undefined ? 0 : Math.max(0, Math.min(length, backing.size() - guest));
+  const there = Math.max(0, Math.min(length, backedEnd(image, table) - guest));
   if (there > 0) backing?.read(target, at, there, guest);
   if (there < length) target.fill(0, at + there, at + length);
 }
+
+/** Guest offset at which the backing file ends, for what `table` maps. */
+export const backedEnd = ({ backing }: Image, table: L1Table | undefined): number =>
+  backing === undefined ? 0 : Math.min(backing.size(), table?.diskBytes ?? Number.POSITIVE_INFINITY);
 
 function readCompressed(image: Image, target: Uint8Array, at: number, length: number, guest: number): void {
   const { extent, decompressed } = image;

@@ -170,24 +170,32 @@ export async function dropMapping(
   l1Clusters: ClusterRange,
   progress: Progress,
 ): Promise<void> {
-  const { clusterBytes } = image.geometry;
   const single = new ClusterSet(countedClusters(image));
   const entries = image.numbers[number.L1_ENTRIES] as number;
   const steps = mapping.entries + entries;
-  for (let index = 0; index < mapping.entries; index++) {
-    const host = l2TableAt(image, mapping, index);
-    if (host === 0) continue;
-    // A table of a snapshot never changes.
-    const clusters = clustersOf(image, readTable(image, host));
-    releaseClusters(image, rangesOf([...clusters, host / clusterBytes]), single);
-    progress(index / steps);
-    await giveWay();
-  }
+  await dropTables(image, mapping, single, (part) => progress((part * mapping.entries) / steps));
   if (l1Clusters.count > 0) releaseClusters(image, [l1Clusters], single);
   for (let index = 0; index < entries; index++) {
     if (ownTable(image, index, single)) relieve(image);
     else continue;
     progress((mapping.entries + index) / steps);
+    await giveWay();
+  }
+}
+
+/** Take back the L2 tables of a mapping, and what they refer to. They are in the file as they are, and never change. */
+export async function dropTables(
+  image: Image,
+  mapping: L1Table,
+  single: ClusterSet | undefined,
+  progress: Progress,
+): Promise<void> {
+  for (let index = 0; index < mapping.entries; index++) {
+    const host = l2TableAt(image, mapping, index);
+    if (host === 0) continue;
+    const clusters = clustersOf(image, readTable(image, host));
+    releaseClusters(image, rangesOf([...clusters, host / image.geometry.clusterBytes]), single);
+    progress(index / mapping.entries);
     await giveWay();
   }
 }

@@ -21,10 +21,18 @@ const entryHead = bigEndian('snapshot table entry', 40, {
 /** The extra data that is defined so far; an entry may have less of it, or more. */
 const extraRecord = bigEndian('snapshot extra data', 24, { vmStateSize: u64, virtualSize: u64, icount: u64 });
 
+/**
+ * Where this program keeps what it knows of a snapshot and the format has no field for: behind room for fields that the
+ * format may define one day, which stays zero. QEMU keeps extra data that it does not know.
+ */
+const APPLICATION_DATA_AT = 64;
+
 /** Entries start at multiples of this many bytes from the start of the table. */
 const ALIGNMENT = 8;
 /** QEMU's limits. */
 export const MAX_EXTRA_BYTES = 1024;
+/** Most bytes that `SnapshotEntry.applicationData` has room for. */
+export const MAX_APPLICATION_BYTES = MAX_EXTRA_BYTES - APPLICATION_DATA_AT;
 export const MAX_SNAPSHOT_TABLE_BYTES = 1024 * limits.SNAPSHOTS;
 /** icount of a snapshot taken without record/replay. */
 const NO_ICOUNT = 0xffff_ffff_ffff_ffffn;
@@ -161,14 +169,22 @@ function l1Problem(offset: number, entries: number, clusterBytes: number, fileBy
   return undefined;
 }
 
-/** A new entry; its extra data is complete. Times are since the epoch. */
+/**
+ * A new entry; its extra data is complete. Times are since the epoch.
+ * @param application at most MAX_APPLICATION_BYTES
+ */
 export function newSnapshotEntry(
   fields: Pick<
     SnapshotEntry,
     'l1TableOffset' | 'l1Entries' | 'id' | 'name' | 'seconds' | 'nanoseconds' | 'virtualSize'
   > &
     Partial<Pick<SnapshotEntry, 'vmClockNs' | 'vmStateSize'>>,
+  application: Uint8Array = new Uint8Array(),
 ): SnapshotEntry {
+  const extraData = new Uint8Array(
+    application.length === 0 ? extraRecord.bytes : APPLICATION_DATA_AT + application.length,
+  );
+  if (application.length > 0) extraData.set(application, APPLICATION_DATA_AT);
   return {
     vmClockNs: 0n,
     vmStateSize: 0,
@@ -176,10 +192,13 @@ export function newSnapshotEntry(
     idRaw: new TextEncoder().encode(fields.id),
     nameRaw: new TextEncoder().encode(fields.name),
     icount: undefined,
-    extraData: new Uint8Array(extraRecord.bytes),
+    extraData,
     problem: undefined,
   };
 }
+
+/** What `newSnapshotEntry` was given for this entry, or what some other program has there; empty if nothing. */
+export const applicationData = ({ extraData }: SnapshotEntry): Uint8Array => extraData.subarray(APPLICATION_DATA_AT);
 
 export const renamedEntry = (entry: SnapshotEntry, name: string): SnapshotEntry => ({
   ...entry,

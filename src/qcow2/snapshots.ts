@@ -50,7 +50,7 @@ export function readSnapshotL1(image: Image, entry: SnapshotEntry): L1Table {
   if (got < entry.l1Entries * 8) {
     throw new FsError('EIO', `${image.file.path}: the L1 table of snapshot ${entry.id} passes the end of the file`);
   }
-  return { view: new DataView(bytes.buffer), entries: entry.l1Entries };
+  return { view: new DataView(bytes.buffer), entries: entry.l1Entries, diskBytes: entry.virtualSize };
 }
 
 /**

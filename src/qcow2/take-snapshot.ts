@@ -36,6 +36,7 @@ import {
   writeNewTable,
   writeTable,
 } from './snapshots.ts';
+import { coverBacking, type StateArea } from './vm-state.ts';
 
 /** What the live disk was at one instant; lives on the main thread. */
 export interface FrozenSnapshot {
@@ -50,6 +51,10 @@ export interface FrozenSnapshot {
 /** What a snapshot table entry says of a snapshot beyond its disk. */
 export interface SnapshotFields {
   readonly name: string;
+  /** State of the guest, whose writers have ended. */
+  readonly state?: { readonly area: StateArea; readonly bytes: number } | undefined;
+  /** See `newSnapshotEntry`. */
+  readonly application?: Uint8Array | undefined;
 }
 
 /**
@@ -111,22 +116,28 @@ export async function publishSnapshot(
   progress: Progress,
 ): Promise<SnapshotEntry> {
   const { clusterBytes } = image.geometry;
-  const l1Entries = frozen.l1.length / 8;
+  const diskEntries = frozen.l1.length / 8;
   const tables: NewTable[] = [];
   let entry: SnapshotEntry;
   let switching = false;
   try {
-    const l1 = writeNewTable(image, frozen.l1);
+    if (fields.state !== undefined) coverState(image, frozen, fields.state);
+    const l1Bytes = withState(image, frozen, fields.state);
+    const l1 = writeNewTable(image, l1Bytes);
     tables.push(l1);
-    entry = newSnapshotEntry({
-      l1TableOffset: l1.cluster * clusterBytes,
-      l1Entries,
-      id: nextId(list.entries),
-      name: fields.name,
-      seconds: Math.floor(frozen.timeMs / 1000),
-      nanoseconds: Math.floor(frozen.timeMs % 1000) * 1_000_000,
-      virtualSize: frozen.virtualSize,
-    });
+    entry = newSnapshotEntry(
+      {
+        l1TableOffset: l1.cluster * clusterBytes,
+        l1Entries: l1Bytes.length / 8,
+        id: nextId(list.entries),
+        name: fields.name,
+        seconds: Math.floor(frozen.timeMs / 1000),
+        nanoseconds: Math.floor(frozen.timeMs % 1000) * 1_000_000,
+        virtualSize: frozen.virtualSize,
+        vmStateSize: fields.state?.bytes ?? 0,
+      },
+      fields.application,
+    );
     const next = [...list.entries, entry];
     const table = writeTable(image, next);
     tables.push(table);
@@ -138,10 +149,27 @@ export async function publishSnapshot(
     if (!switching) for (const table of tables) freeTable(image, table);
     throw error;
   }
-  if (frozen.sharedLater) await finishSharing(image, l1Entries, progress);
+  if (frozen.sharedLater) await finishSharing(image, diskEntries, progress);
   // What is durable has been done, even if tidying up fails: that flush is the last one, and the next write says so.
   orLeave(() => flush(image));
   return entry;
+}
+
+/** The snapshot's L1 table: the disk's part, and behind it the state's. */
+function withState(image: Image, { l1 }: FrozenSnapshot, state: SnapshotFields['state']): Uint8Array {
+  if (state === undefined) return l1;
+  const entries = Math.ceil(state.bytes / image.geometry.l2SpanBytes);
+  const bytes = new Uint8Array(l1.length + entries * 8);
+  bytes.set(l1);
+  bytes.set(new Uint8Array(state.area.shared.l1, 0, entries * 8), l1.length);
+  return bytes;
+}
+
+/** Where the backing file is longer than the disk, QEMU would show its bytes in the holes of the state. */
+function coverState(image: Image, { l1 }: FrozenSnapshot, { area, bytes }: { area: StateArea; bytes: number }): void {
+  const start = (l1.length / 8) * image.geometry.l2SpanBytes;
+  const backed = (image.backing?.size() ?? 0) - start;
+  if (backed > 0) coverBacking(image, area, Math.min(bytes, backed));
 }
 
 /** Let go of a frozen snapshot: what the live disk alone has left is its own again. Writers go on. */
