@@ -211,6 +211,29 @@ describe('commit', () => {
     }
   });
 
+  it.each([
+    ['a raw file', { raw: 32_768 }],
+    ['an image', { size: 32_768, clusterBytes: 4096 }],
+  ])('what is discarded behind the end of %s after it was committed reads as zeros below', async (_name, format) => {
+    const files = buildChain([
+      { format, changes: [] },
+      { format: { size: 131_072, clusterBytes: 4096 }, changes: [{ do: 'write', at: 0.5, length: 1, byte: 5 }] },
+    ]);
+    const upper = files.at(-1) as File;
+    const opened = openChain(files);
+    const image = opened.at(-1)?.image as Image;
+    const target = targetOf(opened[0] as Opened);
+    await prepareCommit(image, target);
+    trackWrites(image);
+    atOnce(commitAll(image, target));
+    change(image, upper.content, { do: 'discard', at: 0.6, length: 1, byte: 0 });
+    atOnce(commitWritten(image, target));
+    await finishCommit(image, target, { shrink: false });
+    expectContent(image, upper.content, 'with the upper image');
+    closeChain(opened);
+    expectLower(files.slice(0, -1), upper.content);
+  });
+
   it('is aborted by a signal', async () => {
     const files = buildChain(
       chainFormats[0]!.formats.map((format) => ({ format, changes: [{ do: 'write', at: 0, length: 1, byte: 5 }] })),

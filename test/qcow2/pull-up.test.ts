@@ -206,6 +206,49 @@ describe('pull', () => {
     expect(kindsAfter(nothing, 1)).toEqual(['unallocated']);
   });
 
+  it('what is discarded behind the end of the image below stays hidden over a longer base', () => {
+    const written: Change = { do: 'write', at: 0, length: 1, byte: 5 };
+    const files = buildChain([
+      { format: { size: 131_072, clusterBytes: 4096 }, changes: [written] },
+      { format: { size: 32_768, clusterBytes: 4096 }, changes: [] },
+      { format: { size: 131_072, clusterBytes: 4096 }, changes: [{ ...written, byte: 6 }] },
+    ]);
+    const pull = pulling(files, 1);
+    atOnce(pull.steps);
+    change(pull.image, pull.upper.content, { do: 'discard', at: 0.5, length: 1, byte: 0 });
+    closeChain(pull.opened);
+    expectOverBase(pull, 1, pull.upper.content);
+  });
+
+  it('what the guest writes while a piece is read below is not overwritten', () => {
+    for (const clusterBytes of [4096, 65_536]) {
+      const extendedL2 = clusterBytes > 4096;
+      const files = buildChain([
+        { format: { size: 262_144, clusterBytes: 4096 }, changes: [{ do: 'write', at: 0, length: 1, byte: 5 }] },
+        { format: { size: 262_144, clusterBytes, extendedL2 }, changes: [] },
+      ]);
+      const [lower, upper] = files as [File, File];
+      const { backing, layer } = openChain([lower])[0] as Opened;
+      let image: Image | undefined;
+      const guest: Change = { do: 'write', at: 0.3, length: 0.4, byte: 7 };
+      const { image: opened } = openSession(upper.storage, upper.storage, {
+        ...backing,
+        read: (target, at, length, offset) => {
+          backing.read(target, at, length, offset);
+          if (image === undefined || length < 100_000) return;
+          const once = image;
+          image = undefined;
+          change(once, upper.content, guest);
+        },
+      });
+      image = opened;
+      preparePull(opened);
+      atOnce(pullUp(opened, [layer], undefined));
+      expect(image).toBe(undefined);
+      expectContent(opened, upper.content, `clusters of ${clusterBytes}`);
+    }
+  });
+
   it('waits while the gate is closed', () => {
     const format = { size: 65_536, clusterBytes: 4096 };
     const files = buildChain([
