@@ -1,5 +1,6 @@
 /** A QEMU guest, by the QMP socket that it was given (`-qmp unix:SOCKET,server=on,wait=off`). */
 import { basename, join } from 'node:path';
+import debug from 'debug';
 import { FsError } from '../../errors.ts';
 import { runCommand } from '../../os/run-command.ts';
 import type {
@@ -25,6 +26,8 @@ import { processArguments } from './process.ts';
 import { QmpClient } from './qmp-client.ts';
 import { guestState, RUN_STATES } from './run-state.ts';
 import { statistics } from './statistics.ts';
+
+const log = debug('vdskfs:guest');
 
 /** From `quit` to the end of the connection: QEMU closes its disks in between. */
 const QUIT_MS = 30_000;
@@ -104,10 +107,15 @@ export class QemuGuest implements Guest {
   }
 
   async freezeFileSystems(): Promise<FrozenFileSystems | undefined> {
-    const path = await this.#monitor.use(async (qmp) =>
-      // An agent in a guest that stands still cannot answer.
-      guestState(await runState(qmp)) === 'running' ? agentSocket(qmp) : undefined,
-    );
+    let path: string | undefined;
+    try {
+      path = await this.#monitor.use(async (qmp) =>
+        // An agent in a guest that stands still cannot answer.
+        guestState(await runState(qmp)) === 'running' ? agentSocket(qmp) : undefined,
+      );
+    } catch (error) {
+      log('guest %s: no agent was looked for: %o', this.#name, error);
+    }
     return path === undefined ? undefined : freezeByAgent(path);
   }
 

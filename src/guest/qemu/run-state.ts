@@ -39,7 +39,10 @@ export const RUN_STATES: Readonly<Record<string, RunState>> = {
     state: 'paused',
     unsavable: ['EIO', 'QEMU stopped this guest for an internal error: its state is worth nothing.'],
   },
-  shutdown: { state: 'off' },
+  shutdown: {
+    state: 'off',
+    unsavable: ['EBUSY', 'The guest has shut down: end QEMU, or take the checkpoint with --no-memory.'],
+  },
 };
 
 export const guestState = (runState: string): GuestState => RUN_STATES[runState]?.state ?? 'unknown';
