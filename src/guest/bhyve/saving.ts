@@ -23,7 +23,7 @@ export interface Saver {
 /** How often a silent guest is looked at. */
 const LOOK_MS = 500;
 /** For what comes right behind something else: the last close behind the end of the connection, or the reverse. */
-const GRACE_MS = 2000;
+const GRACE_MS = 1000;
 /** For a suspended guest's process to end, once its state is complete. */
 const EXIT_MS = 10_000;
 
@@ -70,17 +70,22 @@ async function requestBySocket(saver: Saver, target: SaveTarget, control: Contro
   for (const generation of control.generations) {
     const sent = await sendRequest(control.path, generation, target);
     if (generation === last || sent.answered === undefined) return sent;
-    if (!(await wasRefused(sent.answered, target))) return sent;
+    const refusal = await refusalOf(sent.answered, target);
+    // One that gives reasons wants a descriptor at least: it is not asked without.
+    if (refusal === undefined || (refusal.error !== undefined && generation === 'D')) return sent;
   }
   throw new Error('a control socket without a generation');
 }
 
-/** A dialect that bhyve does not speak is refused in silence: it closes at once, and no file is there. */
-async function wasRefused(answered: Promise<Answer>, target: SaveTarget): Promise<boolean> {
+/**
+ * The answer to a request of which nothing came: a dialect that bhyve does not speak is refused, mostly in silence, and
+ * no file is there. Undefined once the guest has begun.
+ */
+async function refusalOf(answered: Promise<Answer>, target: SaveTarget): Promise<Answer | undefined> {
   for (;;) {
     const answer = await unlessAborted(Promise.race([answered, sleep(LOOK_MS)]), target);
-    if (await hasStarted(target)) return false;
-    if (answer !== undefined) return answer.error === undefined;
+    if (await hasStarted(target)) return undefined;
+    if (answer !== undefined) return answer;
   }
 }
 
@@ -108,12 +113,11 @@ async function finished(saver: Saver, target: SaveTarget, { answered }: Route): 
   if (answer?.error !== undefined) {
     throw new FsError('EIO', `the guest '${saver.guest.name}' could not save its state: ${answer.error}`);
   }
-  if (event !== 'closed') await soon(closed);
-  if (target.suspend) {
-    await ended(saver, target);
-  } else if (event === 'gone' || !(await saver.isAlive())) {
+  if (!target.suspend && (event === 'gone' || !(await saver.isAlive()))) {
     throw new FsError('EIO', `the guest '${saver.guest.name}' ended while it saved its state`);
   }
+  if (event !== 'closed') await soon(closed);
+  if (target.suspend) await ended(saver, target);
 }
 
 /** Resolves once the guest has been seen to be gone, until `stop` comes. */
