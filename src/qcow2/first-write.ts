@@ -19,6 +19,18 @@ export function beforeData(image: Image): void {
   }
 }
 
+/**
+ * Before clusters are moved, with the mutex held: guest data stays as it is, and so do bitmaps, which are left in their
+ * place. What else an autoclear bit may stand for is not known here.
+ */
+export function beforeMoving(image: Image): void {
+  beforeMetadata(image);
+  if (image.geometry.version < 3 || Atomics.load(image.words, word.WRITTEN) === 1) return;
+  const header = readHeader(image.file);
+  const kept = header.autoclear & (autoclear.DATA_FILE_RAW | autoclear.BITMAPS);
+  if (kept !== header.autoclear) writeAutoclear(image, kept);
+}
+
 function clearAutoclear(image: Image): void {
   const header = readHeader(image.file);
   const kept = header.autoclear & autoclear.DATA_FILE_RAW;
@@ -28,6 +40,10 @@ function clearAutoclear(image: Image): void {
     dropBitmaps(image, readHeader(image.file), kept);
     return;
   }
+  writeAutoclear(image, kept);
+}
+
+function writeAutoclear(image: Image, kept: bigint): void {
   const bytes = new Uint8Array(8);
   new DataView(bytes.buffer).setBigUint64(0, kept);
   switchHeader(image, () => image.file.write(bytes, 0, 8, headerAt.autoclear));

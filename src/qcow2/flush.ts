@@ -146,6 +146,8 @@ export function waitForEarlierReads(image: Image, epoch: number): void {
 export interface ClusterRange {
   readonly first: number;
   readonly count: number;
+  /** How many references less each of them has; 1 if it is not said. */
+  readonly references?: number;
 }
 
 /**
@@ -157,15 +159,17 @@ export function releaseClusters(image: Image, ranges: readonly ClusterRange[], s
   image.lock();
   try {
     const counts = new RefcountCursor(image);
-    for (const { first, count } of ranges) {
+    for (const { first, count, references = 1 } of ranges) {
       for (let cluster = first; cluster < first + count; cluster++) {
         const before = counts.get(cluster);
-        if (before === 0) throw image.fail(`host cluster ${cluster} is in use but its refcount is 0`);
-        if (before > 1) {
-          counts.set(cluster, before - 1);
-          if (before === 2) single?.add(cluster);
+        if (before < references) throw image.fail(`host cluster ${cluster} is in use but its refcount is ${before}`);
+        if (before > references) {
+          counts.set(cluster, before - references);
+          if (before - references === 1) single?.add(cluster);
           continue;
         }
+        // Nobody takes it before its count is 0, which comes last.
+        if (references > 1) counts.set(cluster, 1);
         const last = freed.at(-1);
         if (last !== undefined && last.first + last.count === cluster) last.count++;
         else freed.push({ first: cluster, count: 1 });

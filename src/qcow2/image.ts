@@ -52,6 +52,8 @@ export const word = {
   KEEP_HIDDEN: 16,
   /** log2 of the bytes that a bit of the map of written parts stands for; 0: no map is kept (written-map.ts). */
   WRITTEN_SHIFT: 17,
+  /** Counts up before compressed data comes to lie where other compressed data may have been. */
+  COMPRESSED_CHANGES: 18,
   /** From here on, a word per thread: the EPOCH in which its running operation began, 0 if none runs. */
   ACTIVE: 64,
   COUNT: 64 + MAX_THREADS,
@@ -182,10 +184,11 @@ export class Image {
   /** This thread's slot in ACTIVE and the in-flight table. */
   readonly thread: number;
   readonly extent: Extent = { kind: kind.UNALLOCATED, host: 0, length: 0, high: 0, low: 0 };
-  /** One decompressed cluster and the descriptor it came from. */
-  readonly decompressed: { high: number; low: number; bytes: Uint8Array } = {
+  /** One decompressed cluster, the descriptor it came from, and COMPRESSED_CHANGES before it was read. */
+  readonly decompressed: { high: number; low: number; changes: number; bytes: Uint8Array } = {
     high: 0,
     low: 0,
+    changes: 0,
     bytes: new Uint8Array(0),
   };
   /** What waits on this thread until the gate is open. */

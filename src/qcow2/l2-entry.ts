@@ -4,7 +4,7 @@
  */
 import { CorruptImage } from '../errors.ts';
 import type { HostOffset } from './units.ts';
-import { joinHalves } from './units.ts';
+import { highHalf, joinHalves, lowHalf } from './units.ts';
 
 /** Bit 63: the refcount is exactly one, so the cluster may be overwritten in place. */
 export const COPIED = 0x8000_0000;
@@ -111,4 +111,11 @@ export const compressedOffset = (high: number, low: number, clusterBits: number)
 export function compressedBytes(high: number, low: number, clusterBits: number): number {
   const additionalSectors = (high & 0x3fff_ffff) >>> sectorsShift(clusterBits);
   return (additionalSectors + 1) * 512 - (low & 511);
+}
+
+/** Make a compressed descriptor point to the same data at `offset`: as far into a sector as before. */
+export function movedCompressed(entry: { high: number; low: number }, clusterBits: number, offset: number): void {
+  const offsetBits = 2 ** sectorsShift(clusterBits) - 1;
+  entry.high = ((entry.high & ~offsetBits) | highHalf(offset)) >>> 0;
+  entry.low = lowHalf(offset);
 }

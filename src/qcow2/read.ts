@@ -2,6 +2,7 @@
 import { CorruptImage } from '../errors.ts';
 import { decompressCluster } from './compression.ts';
 import type { Image } from './image.ts';
+import { word } from './image.ts';
 import { compressedBytes, compressedOffset, kind } from './l2-entry.ts';
 import type { L1Table } from './lookup.ts';
 import { lookup } from './lookup.ts';
@@ -81,7 +82,8 @@ function readCompressed(image: Image, target: Uint8Array, at: number, length: nu
   const { extent, decompressed } = image;
   const { clusterBytes, clusterBits, compressionType } = image.geometry;
   // Small reads go through a cluster piece by piece: the last one is kept.
-  if (extent.high !== decompressed.high || extent.low !== decompressed.low) {
+  const changes = Atomics.load(image.words, word.COMPRESSED_CHANGES);
+  if (extent.high !== decompressed.high || extent.low !== decompressed.low || changes !== decompressed.changes) {
     const host = compressedOffset(extent.high, extent.low, clusterBits);
     const most = compressedBytes(extent.high, extent.low, clusterBits);
     const source = new Uint8Array(most);
@@ -101,6 +103,7 @@ function readCompressed(image: Image, target: Uint8Array, at: number, length: nu
     }
     decompressed.high = extent.high;
     decompressed.low = extent.low;
+    decompressed.changes = changes;
   }
   const start = guest % clusterBytes;
   target.set(decompressed.bytes.subarray(start, start + length), at);

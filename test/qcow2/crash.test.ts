@@ -210,4 +210,25 @@ describe('a crash loses nothing that was flushed, brings nothing old back, harms
     const recording = await record(options, script, undefined, options.size);
     await expectAllWhole(recording, undefined, { process: 40, power: 40 });
   });
+
+  it.each<[string, FormatOptions]>([
+    ['version 3', { size: 6 * 32_768, clusterBytes: 512 }],
+    ['version 2', { size: 6 * 32_768, clusterBytes: 512, version: 2 }],
+  ])('while the tail moves down and the file is cut off: %s', { timeout: 120_000 }, async (_name, options) => {
+    const step = { at: 0, seed: 1, length: 0 };
+    const script: Step[] = [
+      { ...step, do: 'take' },
+      { ...step, do: 'write', at: 0.3, length: 0.8, seed: 2 },
+      { ...step, do: 'take' },
+      { ...step, do: 'write', at: 0.5, length: 0.6, seed: 3 },
+      { ...step, do: 'discard', at: 0.8, length: 0.4 },
+      // The first one: what only it held lies low in the file.
+      { ...step, do: 'delete', seed: 2 },
+      { ...step, do: 'compact' },
+      { ...step, do: 'write', at: 0.1, length: 0.4, seed: 4 },
+    ];
+    const recording = await record(options, script, undefined, options.size);
+    expect(recording.recorder.operations.some(({ kind }) => kind === 'truncate')).toBe(true);
+    await expectAllWhole(recording, undefined, { process: 120, power: 120 });
+  });
 });

@@ -1,6 +1,7 @@
 /** Random scripts for an engine, and what a disk may hold at each moment of one: for tests that crash or fail in between. */
 import fc from 'fast-check';
 import { expect } from 'vitest';
+import { compactImage } from '../../src/qcow2/compact/compact.ts';
 import { zeroRange } from '../../src/qcow2/discard.ts';
 import { flush } from '../../src/qcow2/flush.ts';
 import { readRange } from '../../src/qcow2/read.ts';
@@ -13,7 +14,18 @@ import type { Session } from './model.ts';
 
 /** A step with its places as fractions: they get numbers when the size of the disk is known. */
 export interface Step {
-  readonly do: 'write' | 'discard' | 'zero' | 'flush' | 'take' | 'delete' | 'rename' | 'rollback' | 'grow' | 'shrink';
+  readonly do:
+    | 'write'
+    | 'discard'
+    | 'zero'
+    | 'flush'
+    | 'take'
+    | 'delete'
+    | 'rename'
+    | 'rollback'
+    | 'grow'
+    | 'shrink'
+    | 'compact';
   readonly at: number;
   readonly length: number;
   readonly seed: number;
@@ -34,7 +46,7 @@ export function steps(kinds: readonly Step['do'][], length: { minLength: number;
 
 export const allKinds: readonly Step['do'][] = [
   ...(['write', 'write', 'write', 'write', 'write', 'write', 'discard', 'discard', 'zero', 'flush', 'flush'] as const),
-  ...(['take', 'take', 'take', 'delete', 'rename', 'rollback', 'grow', 'shrink'] as const),
+  ...(['take', 'take', 'take', 'delete', 'rename', 'rollback', 'grow', 'shrink', 'compact'] as const),
 ];
 
 /** What a disk may hold. */
@@ -47,7 +59,7 @@ export interface State {
 export type Action =
   | { readonly do: 'write'; readonly at: number; readonly bytes: Uint8Array }
   | { readonly do: 'discard' | 'zero'; readonly at: number; readonly length: number }
-  | { readonly do: 'flush' }
+  | { readonly do: 'flush' | 'compact' }
   | { readonly do: 'take' | 'delete' | 'rollback'; readonly name: string }
   | { readonly do: 'rename'; readonly name: string; readonly to: string }
   | { readonly do: 'grow' | 'shrink'; readonly size: number };
@@ -67,7 +79,8 @@ export function resolve(step: Step, state: State, index: number): Action | undef
     case 'zero':
       return { do: step.do, at, length: Math.max(1, Math.floor(step.length * (size - at))) };
     case 'flush':
-      return { do: 'flush' };
+    case 'compact':
+      return { do: step.do };
     case 'take':
       return names.length < 3 ? { do: 'take', name: `s${index}` } : undefined;
     case 'rename':
@@ -116,6 +129,9 @@ export async function perform({ image, list }: Session, action: Action): Promise
       return;
     case 'rollback':
       return applySnapshot(image, entry(action.name), progress);
+    case 'compact':
+      await compactImage(image, list, { progress });
+      return;
     case 'grow':
       return growDisk(image, action.size);
     case 'shrink':
@@ -138,6 +154,7 @@ export function after(state: State, action: Action): State {
       changed.fill(0, action.at, action.at + action.length);
       return { versions: [...state.versions, changed], snapshots };
     case 'flush':
+    case 'compact':
       return { versions: [live], snapshots };
     case 'take':
       snapshots.set(action.name, live);
