@@ -8,9 +8,12 @@ export function addCheckpoint(program: Command): void {
     .description('take a checkpoint: keep the contents of this moment under a name')
     .argument('<image-or-disk>', IMAGE_OR_DISK)
     .argument('<name>', 'name of the new checkpoint')
+    .option('--no-memory', 'of a running guest: only its disks, not its memory')
     .addHelpText(
       'after',
       example('vdskfs checkpoint vm1.qcow2 before-upgrade', 'vdskfs checkpoint /mnt/vms/vm1 nightly'),
     )
-    .action((path: string, name: string) => withTarget(path, (target) => target.takeCheckpoint(name)));
+    .action((path: string, name: string, { memory }: { memory: boolean }) =>
+      withTarget(path, (target) => target.takeCheckpoint(name, { withoutMemory: !memory })),
+    );
 }

@@ -1,9 +1,11 @@
 import { availableParallelism } from 'node:os';
+import { resolve } from 'node:path';
 import { type Command, Option } from 'commander';
 import { countArgument, example, sizeArgument } from './arguments.ts';
 import { isDetachedServer, startDetached } from './detach.ts';
 import { type DriverName, driverNames } from './driver-name.ts';
 import { exitStatus } from './failure.ts';
+import { DEFAULT_GUEST_TIMEOUT, type GuestAddresses, guestArgument } from './guest-options.ts';
 import { type LogLevel, logLevels, setLogLevel } from './log.ts';
 
 interface MountFlags {
@@ -13,6 +15,9 @@ interface MountFlags {
   readonly threads: number;
   readonly cache?: number;
   readonly replace?: boolean;
+  readonly guest?: GuestAddresses;
+  readonly guestTimeout: number;
+  readonly guestConfig?: string;
   readonly driver: DriverName;
   readonly logLevel: LogLevel;
 }
@@ -29,6 +34,13 @@ export function addMount(program: Command): void {
     .option('--read-only', 'change nothing in the images')
     .option('--foreground', 'stay, and end the mount on Ctrl-C')
     .option('--allow-other', 'let other users in')
+    .option(
+      '--guest <disk=guest>',
+      'whose disk it is: DISK=bhyve:VMNAME, DISK=qmp:SOCKET or DISK=none; left out: the bhyve VM of that name, when there is one',
+      guestArgument,
+    )
+    .option('--guest-timeout <seconds>', 'for a checkpoint of a guest', countArgument(1), DEFAULT_GUEST_TIMEOUT)
+    .option('--guest-config <file>', "the guest's command line, or a file of bhyve_config(5), for restore-command")
     .option('--threads <n>', 'threads that serve reads and writes', countArgument(1), defaultThreads)
     .option('--cache <size>', 'memory for the tables of each disk, such as 32M', sizeArgument)
     .option('--replace', 'first end what vdskfs has mounted there, or left there when it died')
@@ -47,12 +59,24 @@ async function mount(paths: readonly string[], flags: MountFlags, command: Comma
       exitCode: exitStatus.USAGE,
     });
   }
+  const sources = paths.slice(0, -1);
+  const guests = flags.guest ?? new Map();
+  if (guests.size > 0) {
+    const { diskName, imagesToMount } = await import('./images.ts');
+    const names = imagesToMount(sources).map(diskName);
+    const stranger = [...guests.keys()].find((name) => !names.includes(name));
+    if (stranger !== undefined) {
+      command.error(`vdskfs: --guest: no disk ${stranger} is mounted; there are ${names.join(', ')}`, {
+        exitCode: exitStatus.USAGE,
+      });
+    }
+  }
   const detached = isDetachedServer();
   if (!flags.foreground && !detached) return startDetached(mountpoint);
   setLogLevel(flags.logLevel);
   const { runServer } = await import('./server.ts'); // the engine is a lot to load for --help
   await runServer({
-    sources: paths.slice(0, -1),
+    sources,
     mountpoint,
     driver: flags.driver,
     readOnly: flags.readOnly ?? false,
@@ -60,6 +84,9 @@ async function mount(paths: readonly string[], flags: MountFlags, command: Comma
     replace: flags.replace ?? false,
     threads: flags.threads,
     cacheBytes: flags.cache,
+    guests,
+    guestTimeoutMs: flags.guestTimeout * 1000,
+    guestConfig: flags.guestConfig === undefined ? undefined : resolve(flags.guestConfig),
     detached,
   });
 }

@@ -15,9 +15,9 @@ export function mountedTarget(directory: string): Target {
   const control = join(directory, 'control');
   const named = (...names: readonly string[]): string => names.map(quoted).join(' ');
   return {
-    async takeCheckpoint(name) {
+    async takeCheckpoint(name, { withoutMemory = false } = {}) {
       validateNewName(name);
-      command(control, `checkpoint ${named(name)}`);
+      command(control, `checkpoint ${named(name)}${withoutMemory ? ' --no-memory' : ''}`);
     },
     async deleteCheckpoint(name) {
       command(control, `del-checkpoint ${named(name)}`);
@@ -35,14 +35,22 @@ export function mountedTarget(directory: string): Target {
   };
 }
 
+/**
+ * Roll all disks of the guest back to a checkpoint with memory.
+ * @returns the path of its memory, for the guest to start from
+ */
+export const rollBackToRestore = (directory: string, name: string): string =>
+  command(join(directory, 'control'), `restore ${quoted(name)}`);
+
 /** As one word of `control`, whatever is in it. */
 const quoted = (name: string): string => `"${name.replaceAll(/["\\]/g, '\\$&')}"`;
 
-/** Write one command. @throws FsError with the answer of `control` */
-function command(control: string, words: string): void {
+/** Write one command. @returns its answer @throws FsError with the answer of `control` */
+function command(control: string, words: string): string {
   const fd = openSync(control, 'r+');
   try {
     writeSync(fd, `${words}\n`);
+    return readFileSync(fd, 'utf8').trim();
   } catch (error) {
     throw withAnswer(error, fd);
   } finally {

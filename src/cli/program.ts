@@ -11,6 +11,7 @@ import { addLs } from './ls.ts';
 import { addMount } from './mount.ts';
 import { addRename } from './rename.ts';
 import { addResize } from './resize.ts';
+import { addRestore } from './restore.ts';
 import { addRollback } from './rollback.ts';
 import { addStatus } from './status.ts';
 import { addUnmount } from './unmount.ts';
@@ -34,6 +35,7 @@ export function createProgram(): Command {
     addDelete,
     addRename,
     addRollback,
+    addRestore,
     addExport,
     addResize,
     addCheck,

@@ -14,9 +14,11 @@ import { runCommand } from '../os/run-command.ts';
 import { createTree, type Tree } from '../tree/tree.ts';
 import type { DriverName } from './driver-name.ts';
 import { exitStatus, sentenceOf } from './failure.ts';
+import type { GuestAddresses } from './guest-options.ts';
 import { withMountOf } from './image-target.ts';
 import { imagesToMount } from './images.ts';
 import { say } from './log.ts';
+import { type Machine, machinesOf } from './machines.ts';
 import { prepareMountpoint } from './mountpoint.ts';
 import { processStart } from './process.ts';
 import type { ServerMessage } from './server-message.ts';
@@ -35,6 +37,10 @@ export interface ServeOptions {
   readonly threads: number;
   /** For the metadata of each disk, in bytes. */
   readonly cacheBytes: number | undefined;
+  readonly guests: GuestAddresses;
+  readonly guestTimeoutMs: number;
+  /** Absolute path. */
+  readonly guestConfig: string | undefined;
   /** The one who started this process goes on without it as soon as the tree answers. */
   readonly detached: boolean;
 }
@@ -59,7 +65,7 @@ export async function serve(options: ServeOptions): Promise<void> {
       refuseIfStopped(signals);
       disks.push(await openImage(image, options));
     }
-    tree = createTree(disks);
+    tree = createTree(disks, { machines: machines(disks, mountpoint, options) });
     mounted = await mountTree(tree, disks, mountpoint, options);
   } catch (error) {
     tree?.close();
@@ -89,6 +95,12 @@ export async function serve(options: ServeOptions): Promise<void> {
   await Promise.race([mounted.ended, cutOff.then(() => sleep(LAST_REQUESTS_MS))]);
   tree.close();
   await closeAll(disks, state);
+}
+
+function machines(disks: readonly Disk[], mountpoint: string, options: ServeOptions): Machine[] {
+  const { guests, guestTimeoutMs: timeoutMs, guestConfig: configFile } = options;
+  const names = disks.map(({ name }) => name);
+  return machinesOf(names, { guests, timeoutMs, configFile, mountpoint });
 }
 
 function refuseIfStopped(signals: StopSignals): void {

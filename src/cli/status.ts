@@ -1,3 +1,5 @@
+import { readFile } from 'node:fs/promises';
+import { join } from 'node:path';
 import type { Command } from 'commander';
 import { FsError } from '../errors.ts';
 import { canonical, findStaleMount, listMounts, type MountEntry } from '../fuse/mount-list.ts';
@@ -16,13 +18,29 @@ interface MountStatus {
   readonly driver: string | null;
   readonly readOnly: boolean;
   readonly started: string | null;
-  readonly disks: readonly { readonly name: string; readonly image: string }[];
+  readonly disks: readonly DiskStatus[];
 }
+
+interface DiskStatus {
+  readonly name: string;
+  readonly image: string;
+  /** As in info.json; null where the mount does not tell. */
+  readonly guest: GuestStatus | null;
+}
+
+interface GuestStatus {
+  readonly kind: 'bhyve' | 'qemu' | 'none';
+  readonly name: string | null;
+  readonly alive: boolean;
+}
+
+/** A server that does not answer by then is not waited for. */
+const ANSWER_MS = 3000;
 
 export function addStatus(program: Command): void {
   program
     .command('status')
-    .description('show what is mounted, and by which process')
+    .description('show what is mounted, by which process, and which guests are alive')
     .argument('[mountpoint]', 'only this one')
     .option('--json', 'for scripts')
     .addHelpText('after', example('vdskfs status', 'vdskfs status /mnt/vms --json'))
@@ -54,7 +72,7 @@ async function mountStatuses(): Promise<MountStatus[]> {
 }
 
 async function statusOf(mount: MountEntry, state: ServerState | undefined): Promise<MountStatus> {
-  if (state !== undefined && isServing(state)) return fromState(state, 'serving');
+  if (state !== undefined && isServing(state)) return withGuests(fromState(state, 'serving'));
   const stale = (await findStaleMount(mount.mountpoint)) !== undefined;
   if (state !== undefined && stale) return fromState(state, 'stale');
   return {
@@ -71,7 +89,31 @@ async function statusOf(mount: MountEntry, state: ServerState | undefined): Prom
 const fromState = (
   { mountpoint, pid, driver, readOnly, startedMs, disks }: ServerState,
   state: MountStatus['state'],
-): MountStatus => ({ mountpoint, state, pid, driver, readOnly, started: new Date(startedMs).toISOString(), disks });
+): MountStatus => ({
+  mountpoint,
+  state,
+  pid,
+  driver,
+  readOnly,
+  started: new Date(startedMs).toISOString(),
+  disks: disks.map(({ name, image }) => ({ name, image, guest: null })),
+});
+
+/** Completed by what the mounted disks say of their guests. */
+async function withGuests(mount: MountStatus): Promise<MountStatus> {
+  const disks = mount.disks.map(async (disk) => ({ ...disk, guest: await guestOf(mount.mountpoint, disk.name) }));
+  return { ...mount, disks: await Promise.all(disks) };
+}
+
+async function guestOf(mountpoint: string, disk: string): Promise<GuestStatus | null> {
+  try {
+    const signal = AbortSignal.timeout(ANSWER_MS);
+    const text = await readFile(join(mountpoint, disk, 'info.json'), { encoding: 'utf8', signal });
+    return (JSON.parse(text) as { guest?: GuestStatus }).guest ?? null;
+  } catch {
+    return null; // it is just being unmounted, or does not answer
+  }
+}
 
 function describe(all: readonly MountStatus[]): string {
   if (all.length === 0) return 'nothing is mounted\n';
@@ -83,15 +125,23 @@ function describe(all: readonly MountStatus[]): string {
       mount.driver ?? '-',
       mount.started === null ? '-' : formatMoment(Date.parse(mount.started)),
     ];
-    const images = mount.disks.map(({ name, image }) => `${printable(name)} (${printable(image)})`);
-    return [[...line, images[0] ?? '-'], ...images.slice(1).map((image) => ['', '', '', '', '', image])];
+    const [first = ['-', '-'], ...others] = mount.disks.map(({ name, image, guest }) => [
+      `${printable(name)} (${printable(image)})`,
+      guestText(guest),
+    ]);
+    return [[...line, ...first], ...others.map((disk) => ['', '', '', '', '', ...disk])];
   });
   const stale = all.filter(({ state }) => state === 'stale').map(({ mountpoint }) => printable(mountpoint));
   const advice = stale.map((mountpoint) => `its process is dead: vdskfs unmount ${mountpoint}\n`).join('');
   return formatTable(columns, rows) + advice;
 }
 
-const columns = ['MOUNTPOINT', 'STATE', 'PROCESS', 'DRIVER', 'SINCE', 'DISKS'].map((head) => ({
+function guestText(guest: GuestStatus | null): string {
+  if (guest === null || guest.kind === 'none') return '-';
+  return `${printable(guest.name ?? '?')} (${guest.kind}, ${guest.alive ? 'alive' : 'off'})`;
+}
+
+const columns = ['MOUNTPOINT', 'STATE', 'PROCESS', 'DRIVER', 'SINCE', 'DISKS', 'GUEST'].map((head) => ({
   head,
   align: head === 'PROCESS' ? ('right' as const) : ('left' as const),
 }));

@@ -5,9 +5,14 @@ import { FsError } from '../errors.ts';
 import { withImage } from './image-target.ts';
 import { mountedTarget } from './mounted-target.ts';
 
+export interface TakeOptions {
+  /** Leave the memory of a running guest out. An image that is not mounted has no guest. */
+  readonly withoutMemory?: boolean;
+}
+
 /** The changes that both kinds take. Each is durable when it resolves. @throws FsError */
 export interface Target {
-  takeCheckpoint(name: string): Promise<void>;
+  takeCheckpoint(name: string, options?: TakeOptions): Promise<void>;
   deleteCheckpoint(name: string): Promise<void>;
   renameCheckpoint(oldName: string, newName: string): Promise<void>;
   rollback(name: string): Promise<void>;

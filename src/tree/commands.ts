@@ -3,7 +3,7 @@ import { FsError } from '../errors.ts';
 import type { Guest } from '../guest/guest.ts';
 import { nameAndOptions, splitCommand, splitWords } from './command-line.ts';
 import { done, type MountedDisk } from './mounted-disk.ts';
-import { restoreCommandText } from './restore-command.ts';
+import { restoreCommandText, rollBackToRestore } from './restore-command.ts';
 
 interface Command {
   readonly name: string;
@@ -102,6 +102,12 @@ const commands: readonly Command[] = [
     usage: 'NAME',
     help: 'the command line that brings the guest back from there',
     run: async (mounted, rest) => restoreCommandText(mounted, mounted.find(nameIn('restore-command', rest).name)),
+  },
+  {
+    name: 'restore',
+    usage: 'NAME',
+    help: 'roll all disks of the guest back to it; the answer is the file to start the guest from, as vdskfs restore does',
+    run: async (mounted, rest) => rollBackToRestore(mounted, mounted.find(nameIn('restore', rest).name)),
   },
   guestCommand('pause', '', 'stop the vCPUs', (guest) => guest.pause()),
   guestCommand('resume', '', 'let them run', (guest) => guest.resume()),

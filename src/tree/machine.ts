@@ -36,6 +36,8 @@ export class Machine {
   readonly #find: MachineOptions['find'];
   #shared: { readonly guest: Promise<Guest | undefined>; uses: number } | undefined;
   #lastStatus: MachineStatus = NO_GUEST;
+  /** As the guest told it when it ran: one that is off tells none. */
+  #name: string | undefined;
   /** The last of the checkpoints under way, which are taken one after another; never rejects. */
   #queue: Promise<unknown> = Promise.resolve();
 
@@ -58,7 +60,8 @@ export class Machine {
   async statusOf(guest: Guest | undefined): Promise<MachineStatus> {
     if (guest === undefined) return (this.#lastStatus = NO_GUEST);
     const { alive, state } = await guest.status();
-    return (this.#lastStatus = { kind: guest.kind, name: guest.name, alive, state });
+    if (alive) this.#name = guest.name;
+    return (this.#lastStatus = { kind: guest.kind, name: this.#name ?? guest.name, alive, state });
   }
 
   /** Run `work` with the guest as it is now. Whoever asks while another still works with it gets the same object. */

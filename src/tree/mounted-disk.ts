@@ -146,6 +146,12 @@ export class MountedDisk {
     await this.openFiles.exclusively(`rollback to ${quote(checkpoint.name)}`, () => this.disk.rollback(checkpoint));
   }
 
+  /** @throws FsError EROFS, and EBUSY while a live file is open for writing */
+  async refuseIfWritten(what: string): Promise<void> {
+    this.#refuseIfReadOnly();
+    await this.openFiles.exclusively(what, async () => {});
+  }
+
   /** Growing is possible under a running guest, shrinking is not. `bytes`: the new virtual size. */
   async resize(bytes: number, options: { readonly shrink: boolean }): Promise<void> {
     this.#refuseIfReadOnly();

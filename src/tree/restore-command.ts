@@ -1,12 +1,15 @@
-/** `restore-command`: the line that starts the guest of a checkpoint from its memory. */
+/** What brings the guest of a checkpoint back: its disks as they were, and the line that starts it from its memory. */
 import type { Checkpoint } from '../disk/disk.ts';
 import { FsError } from '../errors.ts';
-import type { RestoreCommand } from '../guest/guest.ts';
+import type { RestoreRequest } from '../guest/guest.ts';
 import { shortName } from './by-id-directory.ts';
 import type { MountedDisk } from './mounted-disk.ts';
 import { MEMORY_FILE } from './state-folder.ts';
 
 const PLAIN_WORD = /^[\w@%+=:,./-]+$/;
+
+/** The longest path that every bhyve takes: to the memory file, with room for the endings of the others. */
+const PATH_BYTES = 95;
 
 /** As a shell reads it: in single quotes where it must be. */
 export const shellWord = (word: string): string =>
@@ -14,12 +17,32 @@ export const shellWord = (word: string): string =>
 
 /** The line to type first, then as comments of a shell what may keep the guest from coming back. */
 export async function restoreCommandText(mounted: MountedDisk, checkpoint: Checkpoint): Promise<string> {
-  const { argv, warnings } = await restoreCommand(mounted, checkpoint);
+  const { machine } = mounted;
+  const request = requestOf(mounted, checkpoint);
+  const { argv, warnings } = await machine.withGuest(async (running) => {
+    if (running !== undefined) return running.restoreCommand(request);
+    using guest = await machine.remembered(request.saved);
+    return guest.restoreCommand(request);
+  });
   return [argv.map(shellWord).join(' '), ...warnings.map((warning) => `# ${warning}`)].join('\n');
 }
 
+/**
+ * Roll all disks of the guest back to their checkpoint of that name. Returns the path of the memory.
+ * @throws FsError EBUSY while the guest runs; ENOENT where another disk has no such checkpoint, with nothing done
+ */
+export async function rollBackToRestore(mounted: MountedDisk, checkpoint: Checkpoint): Promise<string> {
+  const { statePath, shortStatePath } = requestOf(mounted, checkpoint);
+  const { machine } = mounted;
+  const all = machine.disks.map((disk) => ({ disk, its: disk === mounted ? checkpoint : disk.find(checkpoint.name) }));
+  await machine.refuseIfAlive(`Restoring ${JSON.stringify(checkpoint.name)}`);
+  for (const { disk } of all) await disk.refuseIfWritten(`restoring ${JSON.stringify(checkpoint.name)}`);
+  for (const { disk, its } of all) await disk.rollback(its);
+  return Buffer.byteLength(statePath) <= PATH_BYTES ? statePath : shortStatePath;
+}
+
 /** @throws FsError ENOTSUP where the checkpoint has no memory */
-async function restoreCommand({ disk, machine }: MountedDisk, checkpoint: Checkpoint): Promise<RestoreCommand> {
+function requestOf({ disk, machine }: MountedDisk, checkpoint: Checkpoint): RestoreRequest {
   const { name, kind, stateFiles } = checkpoint;
   if (!stateFiles.some((file) => file.name === MEMORY_FILE)) {
     throw new FsError(
@@ -27,18 +50,12 @@ async function restoreCommand({ disk, machine }: MountedDisk, checkpoint: Checkp
       `Checkpoint ${JSON.stringify(name)} holds no memory: roll back to it and start the guest as always.`,
     );
   }
-  const saved = disk.details(checkpoint).guest;
   const directory = `${machine.mountpoint}/${disk.name}`;
   const folder = kind === 'internal' ? 'snapshots' : 'overlays';
-  const request = {
+  return {
     statePath: `${directory}/${folder}/${name}/${MEMORY_FILE}`,
     shortStatePath: `${directory}/.by-id/${shortName(checkpoint)}/${MEMORY_FILE}`,
     diskPath: `${directory}/disk.raw`,
-    saved,
+    saved: disk.details(checkpoint).guest,
   };
-  return machine.withGuest(async (running) => {
-    if (running !== undefined) return running.restoreCommand(request);
-    using guest = await machine.remembered(saved);
-    return guest.restoreCommand(request);
-  });
 }

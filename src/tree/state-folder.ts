@@ -7,6 +7,7 @@
 import type { OpenState } from '../disk/disk.ts';
 import { FsError } from '../errors.ts';
 import type { Attributes, Caller, DirectoryEntry, Node } from '../fuse/filesystem.ts';
+import type { StateFile } from '../guest/guest.ts';
 import type { DataThreads } from './data-threads.ts';
 import { IncomingFile } from './incoming-file.ts';
 import { Directory, directoryAttributes, type FileCreated, type InodeNumbers, type Place } from './node.ts';
@@ -57,13 +58,20 @@ export class StateFolder extends Directory implements Disposable {
     return this.#failure;
   }
 
-  get files(): readonly IncomingFile[] {
-    return [...this.#files.values()];
+  /** What was written, for who checks it. */
+  readable(): StateFile[] {
+    return Array.from(this.#files.values(), (file) => ({
+      name: file.name,
+      bytes: file.bytes,
+      read: (from, to) => file.read(from, to),
+    }));
   }
 
   /** Bytes of state so far. */
   get bytes(): number {
-    return this.files.reduce((sum, file) => sum + file.bytes, 0);
+    let bytes = 0;
+    for (const file of this.#files.values()) bytes += file.bytes;
+    return bytes;
   }
 
   /**

@@ -7,7 +7,6 @@ import { validateNewName } from '../disk/checkpoint-name.ts';
 import type { Checkpoint, CheckpointDetails, CheckpointKind, PendingCheckpoint } from '../disk/disk.ts';
 import { FsError } from '../errors.ts';
 import type { FrozenFileSystems, Guest } from '../guest/guest.ts';
-import { GuestPulse } from './guest-pulse.ts';
 import type { Machine } from './machine.ts';
 import type { MountedDisk } from './mounted-disk.ts';
 import { MEMORY_FILE, STATE_FILES, type StateFolder } from './state-folder.ts';
@@ -100,17 +99,10 @@ async function takeWithMemory(machine: Machine, guest: Guest, request: TakeReque
   // A signal such as SIGCHLD interrupts too, and a guest that was asked to end will end.
   using _interrupt = suspend ? undefined : relay(request.signal, giveUp);
   const late = setTimeout(() => giveUp.abort(timedOut(machine, guest)), machine.timeoutMs);
-  using pulse = new GuestPulse(
-    guest,
-    () => folder.bytes,
-    suspend,
-    (error) => giveUp.abort(error),
-  );
   try {
     const identity = await orAbort(guest.identity(), giveUp.signal);
-    pulse.begin();
     await saveInto(folder, machine, guest, request, giveUp.signal);
-    guest.validate(folder.files);
+    guest.validate(folder.readable());
     if (frozen === undefined) throw new FsError('EIO', `Guest ${guest.name} wrote no memory.`);
     giveUp.signal.throwIfAborted();
     const pending = frozen;

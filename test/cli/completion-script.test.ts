@@ -31,7 +31,7 @@ COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _vdskfs; printf '%s\\n' "\${COMPREPLY
 
 describe('bash offers', () => {
   it('commands first', () => {
-    expect(offered('vdskfs', 're')).toEqual(['rename', 'resize']);
+    expect(offered('vdskfs', 'ren')).toEqual(['rename']);
   });
 
   it("a command's own options", () => {

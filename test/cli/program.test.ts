@@ -42,6 +42,7 @@ it('has the commands of the contract', () => {
     'delete',
     'rename',
     'rollback',
+    'restore',
     'export',
     'resize',
     'check',
