@@ -4,6 +4,7 @@
  */
 import { CorruptImage, FsError } from '../errors.ts';
 import type { Storage } from '../storage/storage.ts';
+import type { FrozenTables } from './frozen-layer.ts';
 import type { Geometry } from './geometry.ts';
 import type { Kind } from './l2-entry.ts';
 import { kind } from './l2-entry.ts';
@@ -155,6 +156,18 @@ function layout(geometry: Geometry, sizes: ImageSizes) {
     l2: part(cacheBytes(sizes.l2Slots, geometry.sliceBytes)),
     refcounts: part(writable ? cacheBytes(sizes.refcountSlots, geometry.sliceBytes) : 0),
     bytes: end,
+  };
+}
+
+/** What a reader needs of an image that does not change any more: no caches, no slot of a thread. */
+export function frozenTables({ geometry, sizes, memory }: SharedImage): FrozenTables {
+  const at = layout(geometry, sizes);
+  const numbers = new Float64Array(memory, at.numbers, number.COUNT);
+  return {
+    geometry,
+    size: numbers[number.VIRTUAL_SIZE] as number,
+    l1: new DataView(memory, at.l1, sizes.l1Capacity * 8),
+    l1Entries: numbers[number.L1_ENTRIES] as number,
   };
 }
 

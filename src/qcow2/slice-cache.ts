@@ -33,7 +33,7 @@ export interface SliceCacheOptions {
   readonly slots: number;
   readonly sliceBytes: number;
   /** What the slices are, for messages. */
-  readonly content: 'L2 table' | 'refcount block';
+  readonly content: 'L2 table' | 'refcount block' | 'mapping';
   /**
    * Refcounts may reach the file at any moment (up before the reference, down after it went: whoever changes them sees
    * to that); L2 slices only by a flush, after the data they point to.
@@ -50,7 +50,7 @@ export class SliceCache {
   readonly sliceBytes: number;
   readonly #content: string;
   readonly #mayWriteAnyTime: boolean;
-  readonly #storage: Storage;
+  readonly #storage: Pick<Storage, 'path' | 'read' | 'write'>;
   readonly #words: Int32Array;
   /** Host offset of each slot's slice; 0: empty (offset 0 is the header, never a table). */
   readonly #offsets: Float64Array;
@@ -61,7 +61,7 @@ export class SliceCache {
   /** 32 - log2(number of buckets). */
   readonly #hashShift: number;
 
-  constructor(options: SliceCacheOptions, storage: Storage) {
+  constructor(options: SliceCacheOptions, storage: Pick<Storage, 'path' | 'read' | 'write'>) {
     const { memory, slots, sliceBytes } = options;
     this.slots = slots;
     this.sliceBytes = sliceBytes;
