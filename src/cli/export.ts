@@ -45,7 +45,9 @@ export function addExport(program: Command): void {
           exitCode: exitStatus.USAGE,
         });
       }
-      await interruptible(`${printable(file)} was not written`, (check) => exportTo(file, from, format, flags, check));
+      await interruptible(`${printable(file)} was not written`, (signal) =>
+        exportTo(file, from, format, flags, () => signal.throwIfAborted()),
+      );
     });
 }
 

@@ -3,20 +3,18 @@ import { FsError } from '../errors.ts';
 const SIGNALS = ['SIGINT', 'SIGTERM', 'SIGHUP'] as const;
 
 /**
- * Long work that Ctrl-C may end between any two of its pieces: it gets a function that throws once a signal has come.
- * @param consequence what an interrupted work leaves, for the message: "vm1.raw was not written"
+ * Long work that Ctrl-C may break off between any two of its steps: its signal is aborted then, with the error to throw.
+ * @param consequence what broken-off work leaves, for the message: "vm1.raw was not written"
  */
-export async function interruptible<T>(consequence: string, work: (check: () => void) => Promise<T>): Promise<T> {
-  let caught: NodeJS.Signals | undefined;
-  const note = (signal: NodeJS.Signals): void => {
-    caught = signal;
+export async function interruptible<T>(consequence: string, work: (signal: AbortSignal) => Promise<T>): Promise<T> {
+  const controller = new AbortController();
+  const abort = (signal: NodeJS.Signals): void => {
+    controller.abort(new FsError('EINTR', `interrupted by ${signal}: ${consequence}`));
   };
-  for (const signal of SIGNALS) process.on(signal, note);
+  for (const signal of SIGNALS) process.on(signal, abort);
   try {
-    return await work(() => {
-      if (caught !== undefined) throw new FsError('EINTR', `interrupted by ${caught}: ${consequence}`);
-    });
+    return await work(controller.signal);
   } finally {
-    for (const signal of SIGNALS) process.off(signal, note);
+    for (const signal of SIGNALS) process.off(signal, abort);
   }
 }

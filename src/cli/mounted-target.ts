@@ -42,6 +42,14 @@ export function mountedTarget(directory: string): Target {
 export const rollBackToRestore = (directory: string, name: string): string =>
   command(join(directory, 'control'), `restore ${quoted(name)}`);
 
+/**
+ * The kernel passes Ctrl-C on to the serving process, which ends the work between two steps.
+ * @throws FsError
+ */
+export const compactMounted = (directory: string): void => {
+  command(join(directory, 'control'), 'compact');
+};
+
 /** As one word of `control`, whatever is in it. */
 const quoted = (name: string): string => `"${name.replaceAll(/["\\]/g, '\\$&')}"`;
 

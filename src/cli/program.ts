@@ -2,6 +2,7 @@ import { readFileSync } from 'node:fs';
 import { Command } from 'commander';
 import { addCheck } from './check.ts';
 import { addCheckpoint } from './checkpoint.ts';
+import { addCompact } from './compact.ts';
 import { addCompletion } from './completion.ts';
 import { addCreate } from './create.ts';
 import { addDelete } from './delete.ts';
@@ -38,6 +39,7 @@ export function createProgram(): Command {
     addRestore,
     addExport,
     addResize,
+    addCompact,
     addCheck,
     addCompletion,
   ]) {

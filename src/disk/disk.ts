@@ -154,6 +154,19 @@ export interface DeleteOptions {
   readonly signal?: AbortSignal;
 }
 
+export interface CompactOptions {
+  /** Fraction done, 0 to 1. */
+  readonly progress?: (fraction: number) => void;
+  /** Breaks it off: what has been moved stays moved. */
+  readonly signal?: AbortSignal;
+}
+
+/** Bytes of the image file. */
+export interface CompactReport {
+  readonly bytesBefore: number;
+  readonly bytesAfter: number;
+}
+
 export interface Disk {
   /** The image's file name without .qcow2. */
   readonly name: string;
@@ -192,6 +205,11 @@ export interface Disk {
   rollback(checkpoint: Checkpoint): Promise<void>;
   /** Grow, or shrink with `shrink`; else EPERM. */
   resize(bytes: number, options: { shrink: boolean }): Promise<void>;
+  /**
+   * Make the active image's file as short as what it holds. Reads and writes go on, and so do other operations of the
+   * disk, in between. EROFS, ENOSPC, EINTR.
+   */
+  compact(options?: CompactOptions): Promise<CompactReport>;
 
   operation(): Operation | undefined;
   /** Resolves when writes are taken again. */

@@ -3,6 +3,7 @@ import { statSync } from 'node:fs';
 import { basename } from 'node:path';
 import { FsError } from '../errors.ts';
 import type { GuestIdentity } from '../guest/guest.ts';
+import { compactImage } from '../qcow2/compact/compact.ts';
 import { dataClusters } from '../qcow2/data-clusters.ts';
 import { closeGate, gateOpen, openGate } from '../qcow2/gate.ts';
 import { compatible, incompatible } from '../qcow2/header.ts';
@@ -28,6 +29,8 @@ import type {
   Checkpoint,
   CheckpointDetails,
   CheckpointKind,
+  CompactOptions,
+  CompactReport,
   DeleteOptions,
   Disk,
   DiskInfo,
@@ -67,6 +70,8 @@ export class OpenedDisk implements Disk {
   #pending: PendingSnapshot | undefined;
   /** The last of the operations under way, which run one after another; never rejects. */
   #queue: Promise<unknown> = Promise.resolve();
+  /** Operations that have been asked for and not begun. */
+  #waiting = 0;
   #closed = false;
 
   constructor(imagePath: string, chain: OpenChain, readOnlyAsked: boolean) {
@@ -295,6 +300,31 @@ export class OpenedDisk implements Disk {
     });
   }
 
+  async compact({ progress, signal }: CompactOptions = {}): Promise<CompactReport> {
+    this.#checkWritable();
+    const { image } = this.#chain;
+    const bytesBefore = image.file.size();
+    for (;;) {
+      const { finished } = await this.#exclusive('compact', (shown) => {
+        return compactImage(image, this.#list, {
+          progress: (fraction) => {
+            shown(fraction);
+            progress?.(fraction);
+          },
+          // Whoever waits comes first: then it goes on.
+          stop: () => signal?.aborted === true || this.#waiting > 0,
+        });
+      });
+      if (finished) return { bytesBefore, bytesAfter: image.file.size() };
+      if (signal?.aborted) {
+        throw new FsError(
+          'EINTR',
+          `${this.imagePath}: compacting was broken off; the image is whole and ${bytesBefore - image.file.size()} bytes shorter, and compacting it again goes on from there`,
+        );
+      }
+    }
+  }
+
   operation(): Operation | undefined {
     return this.#operation;
   }
@@ -321,7 +351,9 @@ export class OpenedDisk implements Disk {
 
   /** Run one operation after those before it. */
   #exclusive<T>(name: string, action: (progress: (fraction: number) => void) => Promise<T>): Promise<T> {
+    this.#waiting++;
     const run = this.#queue.then(async () => {
+      this.#waiting--;
       if (this.#closed) throw new FsError('EBUSY', `${this.imagePath} is being closed`);
       this.#operation = { name, progress: 0 };
       try {

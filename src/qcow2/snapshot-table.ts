@@ -39,7 +39,8 @@ const NO_ICOUNT = 0xffff_ffff_ffff_ffffn;
 const MAX_STRING_BYTES = 0xffff;
 
 export interface SnapshotEntry {
-  readonly l1TableOffset: number;
+  /** Compacting moves the table; all else never changes. */
+  l1TableOffset: number;
   /** May be fewer than `virtualSize` needs (the rest is unallocated) or more (VM state). */
   readonly l1Entries: number;
   readonly id: string;

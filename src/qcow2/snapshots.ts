@@ -16,6 +16,7 @@ import { writeDisk, writeSnapshotTablePosition } from './header-update.ts';
 import type { Image } from './image.ts';
 import { number, word } from './image.ts';
 import type { L1Table } from './lookup.ts';
+import { noteOpenTable } from './open-tables.ts';
 import { changeReferences, clearCopied, l2Tables, type Progress } from './references.ts';
 import { dropMapping } from './sharing.ts';
 import { encodeSnapshotTable, MAX_SNAPSHOT_TABLE_BYTES, renamedEntry, type SnapshotEntry } from './snapshot-table.ts';
@@ -50,7 +51,9 @@ export function readSnapshotL1(image: Image, entry: SnapshotEntry): L1Table {
   if (got < entry.l1Entries * 8) {
     throw new FsError('EIO', `${image.file.path}: the L1 table of snapshot ${entry.id} passes the end of the file`);
   }
-  return { view: new DataView(bytes.buffer), entries: entry.l1Entries, diskBytes: entry.virtualSize };
+  const table = { view: new DataView(bytes.buffer), entries: entry.l1Entries, diskBytes: entry.virtualSize };
+  noteOpenTable(image, entry.l1TableOffset, table);
+  return table;
 }
 
 /**

@@ -88,6 +88,15 @@ const commands: readonly Command[] = [
     },
   },
   {
+    name: 'compact',
+    usage: '',
+    help: 'give unused space back, as vdskfs compact does; the guest may go on',
+    run: async (mounted, _rest, signal) => {
+      const { bytesBefore, bytesAfter } = await mounted.compact(signal);
+      return `the file had ${bytesBefore} bytes and has ${bytesAfter}`;
+    },
+  },
+  {
     name: 'suspend',
     usage: 'NAME',
     help: 'checkpoint with memory, then the guest ends',

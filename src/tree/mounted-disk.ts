@@ -4,7 +4,7 @@
  */
 import debug from 'debug';
 import { validateNewName } from '../disk/checkpoint-name.ts';
-import type { Checkpoint, CheckpointKind, Disk, OpenContents, Operation } from '../disk/disk.ts';
+import type { Checkpoint, CheckpointKind, CompactReport, Disk, OpenContents, Operation } from '../disk/disk.ts';
 import { FsError } from '../errors.ts';
 import { type DataThreads, SharedOpening } from './data-threads.ts';
 import type { IncomingDirectory } from './incoming-directory.ts';
@@ -150,6 +150,12 @@ export class MountedDisk {
   async refuseIfWritten(what: string): Promise<void> {
     this.#refuseIfReadOnly();
     await this.openFiles.exclusively(what, async () => {});
+  }
+
+  /** Possible whoever has which of its files open. */
+  async compact(signal: AbortSignal): Promise<CompactReport> {
+    this.#refuseIfReadOnly();
+    return this.disk.compact({ signal });
   }
 
   /** Growing is possible under a running guest, shrinking is not. `bytes`: the new virtual size. */

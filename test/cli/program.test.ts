@@ -45,6 +45,7 @@ it('has the commands of the contract', () => {
     'restore',
     'export',
     'resize',
+    'compact',
     'check',
     'completion',
   ]);

@@ -4,6 +4,7 @@ import type {
   Checkpoint,
   CheckpointDetails,
   CheckpointKind,
+  CompactReport,
   Contents,
   Disk,
   DiskInfo,
@@ -310,6 +311,10 @@ export class FakeDisk implements Disk {
     if (bytes < this.live.bytes && !shrink) throw new FsError('EPERM', 'not without --shrink');
     this.live.bytes = bytes;
     this.#changed('size');
+  }
+
+  async compact(): Promise<CompactReport> {
+    return { bytesBefore: 3000, bytesAfter: 2000 };
   }
 
   operation(): Operation | undefined {

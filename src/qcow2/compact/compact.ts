@@ -12,9 +12,7 @@ import { beforeMoving } from '../first-write.ts';
 import { flush } from '../flush.ts';
 import { punch, truncateTail } from '../give-back.ts';
 import type { Image } from '../image.ts';
-import type { L1Table } from '../lookup.ts';
 import { refcountOf } from '../refcounts.ts';
-import type { SnapshotEntry } from '../snapshot-table.ts';
 import type { SnapshotList } from '../snapshots.ts';
 import { Holes, type HostSpace, locked, surveySpace } from './host-space.ts';
 import { moveCompressed } from './move-compressed.ts';
@@ -34,14 +32,8 @@ const SWEEPS = 3;
 export interface CompactOptions {
   /** Fraction done, 0 to 1. */
   readonly progress: (fraction: number) => void;
-  /** Ends it early, with the image whole. */
-  readonly signal?: AbortSignal | undefined;
-  /** True: end this turn soon, something else waits. Asked often. */
-  readonly pause?: () => boolean;
-  /** L1 tables of a snapshot that readers have in memory, to be kept up. */
-  readonly openTables?: (entry: SnapshotEntry) => Iterable<L1Table>;
-  /** A snapshot's entry in the list was replaced by one that says where its L1 table is now. */
-  readonly replaced?: (old: SnapshotEntry, now: SnapshotEntry) => void;
+  /** True: end soon, with the image whole. Asked between any two batches. */
+  readonly stop?: () => boolean;
 }
 
 export interface Compaction {
@@ -57,7 +49,7 @@ export interface Compaction {
 export async function compactImage(image: Image, list: SnapshotList, options: CompactOptions): Promise<Compaction> {
   let moved = 0;
   let toMove = 0;
-  const stop = (): boolean => options.signal?.aborted === true || options.pause?.() === true;
+  const stop = options.stop ?? ((): boolean => false);
   for (let passes = 0; passes < MAX_PASSES; passes++) {
     flush(image);
     cutOff(image);
@@ -69,8 +61,6 @@ export async function compactImage(image: Image, list: SnapshotList, options: Co
     await onePass(image, list, space, {
       image,
       list,
-      openTables: options.openTables ?? (() => []),
-      replaced: options.replaced ?? (() => {}),
       moved: (clusters) => {
         moved += clusters;
         options.progress(Math.min(0.99, moved / Math.max(1, toMove, moved)));

@@ -9,6 +9,7 @@ import type { Image } from '../image.ts';
 import { hostOf, isCopied } from '../l2-entry.ts';
 import { setL1Entry } from '../l2-update.ts';
 import { l2TableAt } from '../lookup.ts';
+import { openTablesAt } from '../open-tables.ts';
 import { changeRefcount, refcountOf } from '../refcounts.ts';
 import { highHalf, lowHalf } from '../units.ts';
 import { copyClusters } from './copy-clusters.ts';
@@ -165,12 +166,7 @@ function renewActive(image: Image, l1Index: number, host: number): void {
   setL1Entry(image, l1Index, (flags | highHalf(host)) >>> 0, lowHalf(host));
 }
 
-function renewSnapshot(
-  { image, list, openTables }: Pass,
-  { snapshot, index }: L1Place,
-  old: number,
-  host: number,
-): void {
+function renewSnapshot({ image, list }: Pass, { snapshot, index }: L1Place, old: number, host: number): void {
   const entry = list.entries[snapshot];
   if (entry === undefined) throw new Error('the list of snapshots changed while the image was compacted');
   const bytes = new Uint8Array(8);
@@ -187,5 +183,6 @@ function renewSnapshot(
   };
   renew(view, 0);
   attempt(image, () => image.file.write(bytes, 0, 8, position));
-  for (const { view: open, entries } of openTables(entry)) if (index < entries) renew(open, index * 8);
+  for (const { view: open, entries } of openTablesAt(image, entry.l1TableOffset))
+    if (index < entries) renew(open, index * 8);
 }

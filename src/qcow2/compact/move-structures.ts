@@ -9,6 +9,7 @@ import { writeDisk, writeRefcountTablePosition, writeSnapshotTablePosition } fro
 import type { Image } from '../image.ts';
 import { number, word } from '../image.ts';
 import { lock, unlock } from '../mutex.ts';
+import { moveOpenTables } from '../open-tables.ts';
 import { changeRefcount, refcountBlockOf, refcountTableEntries } from '../refcounts.ts';
 import { encodeSnapshotTable, type SnapshotEntry } from '../snapshot-table.ts';
 import { locked } from './host-space.ts';
@@ -78,7 +79,7 @@ function moveSnapshotTables(pass: Pass, releases: Releases): void {
   const { image, list } = pass;
   const { clusterBytes } = image.geometry;
   const copies: ClusterRange[] = [];
-  const replaced = new Map<SnapshotEntry, SnapshotEntry>();
+  const places = new Map<SnapshotEntry, number>();
   try {
     for (const entry of list.entries) {
       const bytes = entry.l1Entries * 8;
@@ -90,13 +91,14 @@ function moveSnapshotTables(pass: Pass, releases: Releases): void {
       const copy = writeTable(pass, l1);
       if (copy === undefined) continue;
       copies.push(copy);
-      replaced.set(entry, { ...entry, l1TableOffset: copy.first * clusterBytes });
+      places.set(entry, copy.first * clusterBytes);
     }
     const oldFirst = list.tableOffset / clusterBytes;
     const oldCount = clustersFor(image, list.tableBytes);
-    if (replaced.size === 0 && !inTail(pass, oldFirst, oldCount)) return;
-    const entries = list.entries.map((entry) => replaced.get(entry) ?? entry);
-    const table = encodeSnapshotTable(entries);
+    if (places.size === 0 && !inTail(pass, oldFirst, oldCount)) return;
+    const table = encodeSnapshotTable(
+      list.entries.map((entry) => ({ ...entry, l1TableOffset: places.get(entry) ?? entry.l1TableOffset })),
+    );
     const place = writeTable(pass, table);
     if (place === undefined) {
       for (const copy of copies) giveBack(image, copy);
@@ -106,15 +108,17 @@ function moveSnapshotTables(pass: Pass, releases: Releases): void {
     locked(image, () => image.refcounts.writeDirty());
     barrier(image);
     const offset = place.first * clusterBytes;
-    locked(image, () => switchHeader(image, () => writeSnapshotTablePosition(image.file, entries.length, offset)));
+    locked(image, () => {
+      switchHeader(image, () => writeSnapshotTablePosition(image.file, list.entries.length, offset));
+    });
     copies.length = 0;
-    list.entries = entries;
     list.tableOffset = offset;
     list.tableBytes = table.length;
     release(releases, oldFirst, oldCount);
-    for (const [old, now] of replaced) {
-      release(releases, old.l1TableOffset / clusterBytes, clustersFor(image, old.l1Entries * 8));
-      pass.replaced(old, now);
+    for (const [entry, to] of places) {
+      release(releases, entry.l1TableOffset / clusterBytes, clustersFor(image, entry.l1Entries * 8));
+      moveOpenTables(image, entry.l1TableOffset, to);
+      entry.l1TableOffset = to;
     }
   } catch (error) {
     for (const copy of copies) giveBack(image, copy);

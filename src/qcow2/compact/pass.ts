@@ -1,10 +1,8 @@
 /** What the movers of one pass over the tail share. */
 import { CorruptImage } from '../../errors.ts';
 import type { Image } from '../image.ts';
-import type { L1Table } from '../lookup.ts';
 import { maxRefcount } from '../refcount-entry.ts';
 import { changeRefcount, refcountOf } from '../refcounts.ts';
-import type { SnapshotEntry } from '../snapshot-table.ts';
 import type { SnapshotList } from '../snapshots.ts';
 import type { Holes } from './host-space.ts';
 import type { TailReferences } from './tail-references.ts';
@@ -14,10 +12,6 @@ export interface Pass {
   readonly list: SnapshotList;
   readonly references: TailReferences;
   readonly holes: Holes;
-  /** L1 tables of a snapshot that readers have in memory. */
-  readonly openTables: (entry: SnapshotEntry) => Iterable<L1Table>;
-  /** A snapshot's entry of the table was replaced. */
-  readonly replaced: (old: SnapshotEntry, now: SnapshotEntry) => void;
   /** Clusters that left the tail. */
   readonly moved: (clusters: number) => void;
   /** True: stop where the image is whole, which is between any two batches. */

@@ -6,6 +6,9 @@ import { surveySpace } from '../../../src/qcow2/compact/host-space.ts';
 import type { FormatOptions } from '../../../src/qcow2/create.ts';
 import { zeroRange } from '../../../src/qcow2/discard.ts';
 import { flush } from '../../../src/qcow2/flush.ts';
+import { readRange } from '../../../src/qcow2/read.ts';
+import type { SnapshotEntry } from '../../../src/qcow2/snapshot-table.ts';
+import { readSnapshotL1 } from '../../../src/qcow2/snapshots.ts';
 import type { MemoryStorage } from '../../storage/memory-storage.ts';
 import {
   closeSession,
@@ -109,12 +112,34 @@ describe('compacting', () => {
     expect(Buffer.compare(before, storage.bytes())).toBe(0);
   });
 
+  it('keeps up what readers of a snapshot have in memory', async () => {
+    const { storage, session, live } = halfEmpty();
+    const { image, list } = session;
+    await perform(session, { do: 'take', name: 'low' });
+    live.fill(9);
+    await perform(session, { do: 'write', at: 0, bytes: live.slice() });
+    await perform(session, { do: 'take', name: 'high' });
+    const high = list.entries[1] as SnapshotEntry;
+    const open = readSnapshotL1(image, high);
+    const { l1TableOffset } = high;
+    await perform(session, { do: 'delete', name: 'low' });
+    await compactImage(image, list, { progress });
+    expect(high.l1TableOffset).toBeLessThan(l1TableOffset);
+    // What was left is in other use by then.
+    await perform(session, { do: 'write', at: 0, bytes: live.slice().fill(5) });
+    const got = new Uint8Array(live.length);
+    readRange(image, open, got, 0, got.length, 0);
+    expect(Buffer.compare(got, live)).toBe(0);
+    closeSession(session);
+    qemuCheck(storage);
+  });
+
   it('stops when it is told to, and goes on from there', async () => {
     const { storage, session, live } = halfEmpty();
     const stop = new AbortController();
     const report = await compactImage(session.image, session.list, {
       progress: () => stop.abort(),
-      signal: stop.signal,
+      stop: () => stop.signal.aborted,
     });
     expect(report.finished).toBe(false);
     expect(report.clustersMoved).toBeGreaterThan(0);
