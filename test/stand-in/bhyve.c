@@ -11,6 +11,7 @@
  *   BHYVE_GENERATION  A, B, C, D (the default) or E, the dialects of the control socket; none: built without snapshots
  *   BHYVE_THREADS     writers of each disk, 2 by default; 0: a guest that only idles
  *   BHYVE_FAULT       a file with what is to go wrong at the next checkpoint, read anew each time; see `enum fault`
+ *   BHYVE_COMPARE     with -r: end once the disks were compared, with status 0 if they fit
  *   BHYVE_DELAY_US    pause of a writer between two writes, 0 by default
  *   BHYVECTL_LOG      bhyvectl appends its arguments to this file, a line for each call
  *
@@ -602,6 +603,8 @@ static void restore_state(void)
 	close(kern);
 	close(meta);
 	say("restored %d", disk_count * BLOCKS);
+	if (getenv("BHYVE_COMPARE") != NULL)
+		exit(0);
 }
 
 static void boot(void)
@@ -722,6 +725,8 @@ static void add_disk(char *device)
 	path = strchr(path + 1, ',') + 1;
 	struct stat status;
 	int fd = open(path, O_RDWR | O_CLOEXEC);
+	if (fd < 0)	/* bhyve goes on with a read-only disk, without a word */
+		fd = open(path, O_RDONLY | O_CLOEXEC);
 	if (fd < 0 || fstat(fd, &status) < 0)
 		die(path);
 	disks[disk_count].path = path;

@@ -6,7 +6,7 @@ import { type ChildProcess, spawn } from 'node:child_process';
 import { mkdir, readFile, symlink, writeFile } from 'node:fs/promises';
 import { join } from 'node:path';
 import { fileURLToPath } from 'node:url';
-import { runOk } from '../e2e/run.ts';
+import { run, runOk } from '../e2e/run.ts';
 
 export type Generation = 'A' | 'B' | 'C' | 'D' | 'E' | 'none';
 
@@ -190,6 +190,18 @@ export async function startGuest(host: BhyveHost, name: string, options: GuestOp
   };
   await guest.line('ready');
   return guest;
+}
+
+/**
+ * Compare a saved memory with disks, block for block, as a restore does. Resolves with what the stand-in said:
+ * "restored N" if all N blocks are what the memory says, else "inconsistent …".
+ */
+export async function compareState(host: BhyveHost, statePath: string, disks: readonly string[]): Promise<string> {
+  const devices = disks.flatMap((disk, index) => ['-s', `${index + 3},virtio-blk,${disk}`]);
+  const { stdout, stderr } = await run(join(host.bin, 'bhyve'), ['-r', statePath, ...devices, 'compare'], {
+    env: { ...host.env, BHYVE_COMPARE: '1' },
+  });
+  return `${stdout}${stderr}`.trim();
 }
 
 /** A guest for `body`, gone afterwards. */

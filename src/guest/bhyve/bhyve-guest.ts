@@ -18,7 +18,7 @@ import { type BhyvectlTarget, bhyvectl, controlArguments } from './bhyvectl.ts';
 import { type ControlSocket, DEFAULT_RUN_DIRECTORY, findControlSocket } from './control-socket.ts';
 import { readGuestConfig } from './guest-config.ts';
 import { findGuestProcess, type GuestProcess } from './guest-process.ts';
-import { bhyveVersion, osreldate } from './release.ts';
+import { BhyveHost } from './release.ts';
 import { composeRestoreCommand } from './restore-command.ts';
 import { saveState } from './saving.ts';
 import { validateStateFiles } from './state-files.ts';
@@ -32,6 +32,8 @@ export interface BhyveOptions {
   readonly configFile?: string | undefined;
   /** Its own process holds the qcow2 image. */
   readonly attached?: boolean;
+  /** Where it runs; one object for all guests saves asking for each. */
+  readonly host?: BhyveHost;
 }
 
 /** Sets the folder of the control sockets for a whole process, where no option does. */
@@ -62,14 +64,14 @@ class BhyveGuest implements Guest {
   readonly #runDirectory: string;
   readonly #configFile: string | undefined;
   readonly #target: BhyvectlTarget;
-  /** Asked once: it does not change while this process runs. */
-  #osreldate: Promise<number | undefined> | undefined;
+  readonly #host: BhyveHost;
   #saving = false;
 
-  constructor({ name, runDirectory, configFile, attached = false }: BhyveOptions) {
+  constructor({ name, runDirectory, configFile, attached = false, host = new BhyveHost() }: BhyveOptions) {
     this.name = name;
     this.#runDirectory = runDirectory ?? process.env[RUN_DIRECTORY_VARIABLE] ?? DEFAULT_RUN_DIRECTORY;
     this.#configFile = configFile;
+    this.#host = host;
     const usual = this.#runDirectory === DEFAULT_RUN_DIRECTORY;
     this.#target = { name, runDirectory: usual ? undefined : this.#runDirectory };
     this.attached = attached ? attachedCheckpoints(this.#target) : undefined;
@@ -84,8 +86,8 @@ class BhyveGuest implements Guest {
   async identity(): Promise<GuestIdentity> {
     const [running, version, release, configured] = await Promise.all([
       this.#process(),
-      bhyveVersion(),
-      this.#release(),
+      this.#host.version(),
+      this.#host.osreldate(),
       this.#configured(),
     ]);
     const shown = running?.argv ?? [];
@@ -127,7 +129,7 @@ class BhyveGuest implements Guest {
   }
 
   async restoreCommand(request: RestoreRequest): Promise<RestoreCommand> {
-    const [version, release, configured] = await Promise.all([bhyveVersion(), this.#release(), this.#configured()]);
+    const [version, release, configured] = await Promise.all([this.#host.version(), this.#host.osreldate(), this.#configured()]);
     return composeRestoreCommand(request, { name: this.name, version, osreldate: release, configured });
   }
 
@@ -175,17 +177,12 @@ class BhyveGuest implements Guest {
     );
   }
 
-  #release(): Promise<number | undefined> {
-    this.#osreldate ??= osreldate();
-    return this.#osreldate;
-  }
-
   async #configured(): Promise<string[] | undefined> {
     return this.#configFile === undefined ? undefined : readGuestConfig(this.#configFile, this.name);
   }
 
   async #socket(): Promise<ControlSocket | undefined> {
-    return findControlSocket(this.#runDirectory, this.name, await this.#release());
+    return findControlSocket(this.#runDirectory, this.name, await this.#host.osreldate());
   }
 
   async #process(): Promise<GuestProcess | undefined> {

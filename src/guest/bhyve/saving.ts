@@ -73,6 +73,7 @@ async function requestBySocket(saver: Saver, target: SaveTarget, control: Contro
     const refusal = await refusalOf(sent.answered, target);
     // One that gives reasons wants a descriptor at least: it is not asked without.
     if (refusal === undefined || (refusal.error !== undefined && generation === 'D')) return sent;
+    if (!(await saver.isAlive())) return sent;
   }
   throw new Error('a control socket without a generation');
 }
@@ -116,7 +117,12 @@ async function finished(saver: Saver, target: SaveTarget, { answered }: Route): 
   if (!target.suspend && (event === 'gone' || !(await saver.isAlive()))) {
     throw new FsError('EIO', `the guest '${saver.guest.name}' ended while it saved its state`);
   }
-  if (event !== 'closed') await soon(closed);
+  if (event !== 'closed') {
+    if (!(await hasStarted(target))) {
+      throw new FsError('EIO', `the guest '${saver.guest.name}' wrote no state: bhyve's standard error may say why`);
+    }
+    await soon(closed);
+  }
   if (target.suspend) await ended(saver, target);
 }
 

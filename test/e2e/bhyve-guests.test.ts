@@ -1,0 +1,340 @@
+/** Guests of bhyve, played by the stand-in, on disks that are really mounted. */
+import { mkdir, readdir, readFile, rmdir, stat, writeFile } from 'node:fs/promises';
+import { join } from 'node:path';
+import { describe, expect, it } from 'vitest';
+import {
+  type BhyveHost,
+  compareState,
+  type Fault,
+  type Generation,
+  type GuestOptions,
+  type HostOptions,
+  installBhyve,
+  type RunningGuest,
+  startGuest,
+} from '../stand-in/bhyve.ts';
+import { driver, launcher, type MountedTree, vdskfs, withMount } from './mount.ts';
+import { run, runOk, withDirectory } from './run.ts';
+
+const BLOCKS = 256;
+
+interface Scene {
+  readonly host: BhyveHost;
+  readonly tree: MountedTree;
+  /** Name of the VM; its disks are `disk` and, where there are two, `disk2`. */
+  readonly vm: string;
+  readonly disk: string;
+  readonly disk2: string;
+  readonly directory: string;
+  /** Start the guest; it is ended with the scene. */
+  boot(options?: Partial<GuestOptions>): Promise<RunningGuest>;
+  checkpoint(name: string): string;
+  /** Write a command to control. @throws with the sentence that control then has */
+  control(command: string): Promise<string>;
+}
+
+interface SceneOptions extends HostOptions {
+  readonly disks?: 1 | 2;
+  readonly timeoutSeconds?: number;
+  readonly args?: readonly string[];
+}
+
+let serial = 0;
+
+/** A mounted image, a host with bhyve and a VM whose disk it is; afterwards the image must be in order. */
+async function scene(options: SceneOptions, body: (scene: Scene) => Promise<void>): Promise<void> {
+  await withDirectory(async (directory) => {
+    const host = await installBhyve(directory, options);
+    serial += 1;
+    const vm = `e2e${process.pid}-${serial}`;
+    const disks = ['disk', 'disk2'].slice(0, options.disks ?? 1);
+    const images = disks.map((disk) => join(directory, `${disk}.qcow2`));
+    for (const image of images) await runOk('qemu-img', ['create', '-q', '-f', 'qcow2', image, '64M']);
+    const args = [
+      ...disks.flatMap((disk) => ['--guest', `${disk}=bhyve:${vm}`]),
+      ...(options.timeoutSeconds === undefined ? [] : ['--guest-timeout', String(options.timeoutSeconds)]),
+      ...(options.args ?? []),
+    ];
+    const guests: RunningGuest[] = [];
+    await withMount(images, { args, env: host.env }, async (tree) => {
+      const paths = disks.map((disk) => tree.path(disk, 'disk.raw'));
+      const control = tree.path('disk', 'control');
+      try {
+        await body({
+          host,
+          tree,
+          vm,
+          directory,
+          disk: paths[0] as string,
+          disk2: paths[1] as string,
+          async boot(more = {}) {
+            const guest = await startGuest(host, vm, { disks: paths, delayUs: 100, ...more });
+            guests.push(guest);
+            return guest;
+          },
+          checkpoint: (name) => tree.path('disk', 'snapshots', name),
+          async control(command) {
+            await writeFile(control, command).catch(async (error) => {
+              throw new Error(`${error.code}: ${await readFile(control, 'utf8')}`);
+            });
+            return readFile(control, 'utf8');
+          },
+        });
+      } finally {
+        for (const guest of guests) {
+          guest.kill();
+          await guest.ended;
+        }
+      }
+    });
+    for (const image of images) await runOk('qemu-img', ['check', image]);
+  });
+}
+
+const state = (checkpoint: string): string => join(checkpoint, 'state');
+
+/** The checkpoint's memory compared with the checkpoint's disk. */
+const compared = (host: BhyveHost, checkpoint: string): Promise<string> =>
+  compareState(host, state(checkpoint), [join(checkpoint, 'disk.raw')]);
+
+/** mkdir's errno, and the sentence that `control` has then. */
+async function refusal({ tree, checkpoint }: Scene, name: string): Promise<string> {
+  const code = await mkdir(checkpoint(name)).then(
+    () => 'none',
+    (error) => error.code,
+  );
+  return `${code}: ${await readFile(tree.path('disk', 'control'), 'utf8')}`;
+}
+
+/** No checkpoint is left, and what the guest does next is taken as if nothing had been. */
+async function expectNoTrace({ tree, disk }: Scene): Promise<void> {
+  expect(await readdir(tree.path('disk', 'snapshots'))).toEqual([]);
+  expect(await readdir(tree.path('disk', '.incoming'))).toEqual([]);
+  expect((await stat(disk)).size).toBe(64 * 2 ** 20);
+}
+
+/** The guest has written more than it had. */
+async function expectToRun(guest: RunningGuest, scene: Scene): Promise<void> {
+  const before = await runOk('sha256sum', [scene.disk]);
+  await expect.poll(() => runOk('sha256sum', [scene.disk]), { timeout: 10_000 }).not.toBe(before);
+  expect(await run('kill', ['-0', String(guest.pid)])).toMatchObject({ status: 0 });
+}
+
+describe('a checkpoint of a running guest', () => {
+  it('holds memory, devices and disk of one instant, and is what `bhyve -r` wants', () =>
+    scene({}, async ({ host, tree, boot, checkpoint, control, vm, disk }) => {
+      const guest = await boot();
+      await mkdir(checkpoint('a b'));
+      expect((await readdir(checkpoint('a b'))).sort()).toEqual([
+        'disk.raw',
+        'info.json',
+        'partitions',
+        'state',
+        'state.kern',
+        'state.meta',
+      ]);
+      expect((await stat(state(checkpoint('a b')))).size).toBe(1 << 20);
+      const info = JSON.parse(await readFile(join(checkpoint('a b'), 'info.json'), 'utf8'));
+      expect(info).toMatchObject({ consistency: 'memory', guest: { kind: 'bhyve', name: vm } });
+      expect(await control('status')).toMatch(/kind: bhyve\nalive: yes\nstate: running\noperation: idle/);
+
+      await expect(control('rollback a b')).rejects.toThrow(/EBUSY/);
+      guest.kill();
+      await guest.ended;
+      expect(await control('status')).toMatch(/alive: no\nstate: off/);
+      expect(await control('restore-command a b')).toContain(`-r '${state(checkpoint('a b'))}'`);
+      await control('rollback a b');
+      const restored = await boot({ args: ['-r', state(checkpoint('a b'))] });
+      expect(restored.lines()[0]).toBe(`restored ${BLOCKS}`);
+      await mkdir(checkpoint('later'));
+      expect(await compared(host, checkpoint('later'))).toBe(`restored ${BLOCKS}`);
+      expect(tree.log()).not.toContain('Error');
+      expect((await stat(disk)).blocks).toBeGreaterThan(0);
+    }));
+});
+
+const native = describe.runIf(driver === 'native');
+
+native('under load', () => {
+  it('each of 50 checkpoints restores exactly', () =>
+    scene({}, async ({ host, boot, checkpoint, control }) => {
+      let guest = await boot();
+      const names = Array.from({ length: 50 }, (_, index) => `c${index}`);
+      for (const name of names) await mkdir(checkpoint(name));
+      for (const name of names) expect(await compared(host, checkpoint(name)), name).toBe(`restored ${BLOCKS}`);
+      for (const name of ['c7', 'c49', 'c0']) {
+        guest.kill();
+        await guest.ended;
+        await control(`rollback ${name}`);
+        guest = await boot({ args: ['-r', state(checkpoint(name))] });
+        expect(guest.lines()[0]).toBe(`restored ${BLOCKS}`);
+      }
+      for (const name of names) await rmdir(checkpoint(name));
+      expect(guest.lines()).not.toContain('empty connection');
+    }));
+
+  it('a guest that is not paused does not restore: what finds that is not blind', () =>
+    scene({}, async ({ host, boot, checkpoint }) => {
+      const guest = await boot();
+      await guest.setFault('unpaused');
+      await mkdir(checkpoint('torn'));
+      expect(await compared(host, checkpoint('torn'))).toMatch(/^inconsistent \d+$/);
+      await guest.setFault('fine');
+      await mkdir(checkpoint('whole'));
+      expect(await compared(host, checkpoint('whole'))).toBe(`restored ${BLOCKS}`);
+    }));
+
+  it('two disks are of one instant', () =>
+    scene({ disks: 2 }, async ({ host, tree, boot }) => {
+      await boot();
+      for (const name of ['one', 'two', 'three']) {
+        await mkdir(tree.path('disk2', 'snapshots', name));
+        const disks = ['disk', 'disk2'].map((disk) => tree.path(disk, 'snapshots', name, 'disk.raw'));
+        const memory = tree.path('disk2', 'snapshots', name, 'state');
+        expect(await compareState(host, memory, disks)).toBe(`restored ${2 * BLOCKS}`);
+        expect(await readdir(tree.path('disk', 'snapshots', name))).not.toContain('state');
+      }
+      await expect(mkdir(tree.path('disk', 'snapshots', 'two'))).rejects.toMatchObject({ code: 'EEXIST' });
+    }));
+});
+
+native.each<Generation>(['A', 'B', 'C', 'D', 'E'])('generation %s', (generation) => {
+  it.each([false, true])('checkpoint, suspend, restore; bhyvectl: %s', (bhyvectl) =>
+    scene({ generation, bhyvectl }, async (all) => {
+      const { host, boot, checkpoint, control, tree, vm } = all;
+      let guest = await boot();
+      await mkdir(checkpoint('one'));
+      expect(await compared(host, checkpoint('one'))).toBe(`restored ${BLOCKS}`);
+      await expectToRun(guest, all);
+      await control('suspend two');
+      expect(await guest.ended).toBe(0);
+      expect(await compared(host, checkpoint('two'))).toBe(`restored ${BLOCKS}`);
+      guest = await boot({ args: ['-r', state(checkpoint('two'))] });
+      expect(guest.lines()[0]).toBe(`restored ${BLOCKS}`);
+      expect(guest.lines()).not.toContain('empty connection');
+      if (bhyvectl) {
+        expect(await host.bhyvectlCalls()).toEqual([
+          `--vm=${vm} --rundir=${host.runDirectory} --checkpoint=${tree.path('disk', '.incoming', '1', 'state')}`,
+          `--vm=${vm} --rundir=${host.runDirectory} --suspend=${tree.path('disk', '.incoming', '2', 'state')}`,
+        ]);
+      }
+    }),
+  );
+});
+
+native('a guest that fails', () => {
+  const steps = (first: number, last: number): number[] =>
+    Array.from({ length: last - first + 1 }, (_, index) => first + index);
+
+  it.each([false, true])('that dies at any step leaves no trace; bhyvectl: %s', (bhyvectl) =>
+    scene({ bhyvectl }, async (all) => {
+      for (const step of bhyvectl ? [1, 6, 9, 13] : steps(1, 13)) {
+        const guest = await all.boot();
+        await guest.setFault(`die ${step}`);
+        expect(await refusal(all, `step${step}`), `step ${step}`).toMatch(/^EIO: .*(ended|died)/);
+        await guest.ended;
+        await expectNoTrace(all);
+      }
+      await expectToRun(await all.boot(), all);
+    }),
+  );
+
+  it('that hangs is given up, and no trace is left', () =>
+    scene({ timeoutSeconds: 1 }, async (all) => {
+      for (const step of [1, 4, 6, 7, 10, 13]) {
+        const guest = await all.boot();
+        await guest.setFault(`hang ${step}`);
+        expect(await refusal(all, `step${step}`), `step ${step}`).toMatch(/^ETIMEDOUT: .*within 1 s/);
+        await expectNoTrace(all);
+        guest.kill();
+        await guest.ended;
+      }
+      await expectToRun(await all.boot(), all);
+    }));
+
+  it.each<[Fault, Generation, RegExp]>([
+    ['unsavable', 'D', /^EIO: .*not usable/],
+    ['unsavable', 'E', /^EIO: .*Operation not supported/],
+    ['nonsense', 'C', /^EIO: .*no JSON/],
+    ['short', 'D', /^EIO: .*has 524288 bytes, and the guest has 1048576/],
+    ['refuse', 'C', /^EIO: /],
+  ])('%s, generation %s: refused, and it runs on', (fault, generation, sentence) =>
+    scene({ generation }, async (all) => {
+      const guest = await all.boot();
+      await guest.setFault(fault);
+      expect(await refusal(all, 'bad')).toMatch(sentence);
+      await expectNoTrace(all);
+      await expectToRun(guest, all);
+      await guest.setFault('fine');
+      await mkdir(all.checkpoint('good'));
+      expect(await compared(all.host, all.checkpoint('good'))).toBe(`restored ${BLOCKS}`);
+    }),
+  );
+
+  it('that dies while it is suspended leaves no trace', () =>
+    scene({}, async (all) => {
+      const guest = await all.boot();
+      await guest.setFault('die 9');
+      await expect(all.control('suspend gone')).rejects.toThrow(/^EIO/);
+      await expectNoTrace(all);
+    }));
+});
+
+native('without memory', () => {
+  it('a guest that is off: the disk alone', () =>
+    scene({}, async ({ checkpoint, control }) => {
+      await mkdir(checkpoint('off'));
+      expect(await readdir(checkpoint('off'))).not.toContain('state');
+      const info = JSON.parse(await readFile(join(checkpoint('off'), 'info.json'), 'utf8'));
+      expect(info.consistency).toBe('crash');
+      await expect(control('restore-command off')).rejects.toThrow(/^ENOTSUP/);
+      await expect(control('suspend now')).rejects.toThrow();
+    }));
+
+  it('--no-memory does not disturb the guest; bhyve without snapshots has nothing else', () =>
+    scene({ generation: 'none' }, async (all) => {
+      const { tree, checkpoint } = all;
+      const guest = await all.boot();
+      expect(await refusal(all, 'whole')).toMatch(/^ENOTSUP: .*--no-memory/);
+      await expectNoTrace(all);
+      const done = await vdskfs(['checkpoint', tree.path('disk'), 'disk-only', '--no-memory']);
+      expect(done).toMatchObject({ status: 0, stderr: '' });
+      expect(await readdir(checkpoint('disk-only'))).not.toContain('state');
+      await expectToRun(guest, all);
+    }));
+});
+
+native('control', () => {
+  it('forwards what bhyvectl can do, and says what bhyve cannot', () =>
+    scene({ bhyvectl: true }, async ({ host, boot, control, vm }) => {
+      await boot();
+      expect(await control('stats')).toContain('vm exits');
+      await control('nmi');
+      await control('reset');
+      await control('poweroff');
+      await control('guest --get-stats --inject-nmi');
+      expect(await host.bhyvectlCalls()).toEqual(
+        ['--get-stats', '--inject-nmi', '--force-reset', '--force-poweroff', '--get-stats --inject-nmi'].map(
+          (words) => `--vm=${vm} --rundir=${host.runDirectory} ${words}`,
+        ),
+      );
+      await expect(control('pause')).rejects.toThrow(/^ENOTSUP/);
+      await expect(control('resume')).rejects.toThrow(/^ENOTSUP/);
+    }));
+});
+
+native('vdskfs restore', () => {
+  it('rolls back and starts bhyve from the checkpoint', () =>
+    scene({}, async ({ host, tree, boot, checkpoint, vm, disk }) => {
+      const guest = await boot();
+      await mkdir(checkpoint('good'));
+      const words = ['--', join(host.bin, 'bhyve'), '-A', '-s', `3,virtio-blk,${disk}`, vm];
+      const args = [launcher, 'restore', tree.path('disk'), 'good', ...words];
+      const env = { ...host.env, BHYVE_COMPARE: '1' };
+      const busy = await run(process.execPath, args, { env });
+      expect(busy).toMatchObject({ status: 1, stderr: expect.stringContaining('runs') });
+      guest.kill();
+      await guest.ended;
+      expect(await runOk(process.execPath, args, { env })).toBe(`restored ${BLOCKS}\n`);
+    }));
+});
