@@ -1,5 +1,6 @@
 /** From what `mount` was told of guests to the machines of the tree. */
 import { bhyveGuestExists, openBhyveGuest } from '../guest/bhyve/bhyve-guest.ts';
+import { BhyveHost } from '../guest/bhyve/release.ts';
 import type { Guest, GuestIdentity } from '../guest/guest.ts';
 import { type GuestAddress, guestKey } from '../guest/guest-address.ts';
 import { QemuGuest } from '../guest/qemu/qemu-guest.ts';
@@ -21,6 +22,7 @@ export type Machine = MachineOptions & { readonly disks: readonly string[] };
  */
 export function machinesOf(disks: readonly string[], options: GuestOptions): Machine[] {
   const { guests, configFile, timeoutMs, mountpoint } = options;
+  const host = new BhyveHost();
   const byGuest = new Map<string, string[]>();
   const addresses = new Map<string, GuestAddress & { kind: 'bhyve' | 'qmp' }>();
   for (const disk of disks) {
@@ -36,18 +38,20 @@ export function machinesOf(disks: readonly string[], options: GuestOptions): Mac
     const open = (): Guest =>
       address.kind === 'qmp'
         ? new QemuGuest({ socketPath: address.socketPath })
-        : openBhyveGuest({ name: address.name, configFile });
+        : openBhyveGuest({ name: address.name, configFile, host });
     return {
       disks: names,
       timeoutMs,
       mountpoint,
       find: async () =>
-        told || (address.kind === 'bhyve' && (await bhyveGuestExists(address.name))) ? open() : undefined,
+        told || (address.kind === 'bhyve' && (await bhyveGuestExists({ name: address.name, host })))
+          ? open()
+          : undefined,
       remembered: async (saved: GuestIdentity | undefined) => {
         if (told || saved === undefined) return open();
         return saved.kind === 'qemu'
           ? new QemuGuest({ socketPath: saved.name })
-          : openBhyveGuest({ name: saved.name, configFile });
+          : openBhyveGuest({ name: saved.name, configFile, host });
       },
     };
   });

@@ -39,17 +39,20 @@ export interface BhyveOptions {
 /** Sets the folder of the control sockets for a whole process, where no option does. */
 const RUN_DIRECTORY_VARIABLE = 'VDSKFS_BHYVE_RUNDIR';
 
+const isGuestName = (name: string): boolean => name !== '' && !/[/\0]/.test(name);
+
 /** @throws FsError EINVAL if no VM can have that name */
 export function openBhyveGuest(options: BhyveOptions): Guest {
   const { name } = options;
-  if (name === '' || /[/\0]/.test(name)) throw new FsError('EINVAL', `no bhyve guest can be called '${name}'`);
+  if (!isGuestName(name)) throw new FsError('EINVAL', `no bhyve guest can be called '${name}'`);
   return new BhyveGuest(options);
 }
 
 /** Whether a VM of that name is there: its process, its control socket or its device. */
-export async function bhyveGuestExists(name: string, runDirectory?: string): Promise<boolean> {
-  if (name === '' || /[/\0]/.test(name)) return false;
-  const guest = new BhyveGuest({ name, runDirectory });
+export async function bhyveGuestExists(options: BhyveOptions): Promise<boolean> {
+  const { name } = options;
+  if (!isGuestName(name)) return false;
+  const guest = new BhyveGuest(options);
   if ((await guest.status()).alive) return true;
   return stat(join('/dev/vmm', name)).then(
     () => true,
@@ -129,7 +132,11 @@ class BhyveGuest implements Guest {
   }
 
   async restoreCommand(request: RestoreRequest): Promise<RestoreCommand> {
-    const [version, release, configured] = await Promise.all([this.#host.version(), this.#host.osreldate(), this.#configured()]);
+    const [version, release, configured] = await Promise.all([
+      this.#host.version(),
+      this.#host.osreldate(),
+      this.#configured(),
+    ]);
     return composeRestoreCommand(request, { name: this.name, version, osreldate: release, configured });
   }
 

@@ -187,12 +187,12 @@ describe('a bhyve guest', () => {
 
   it('that was killed leaves a socket behind, and is off', async () => {
     await scene({ generation: 'D' }, async ({ guest, target, running, host }) => {
-      expect(await bhyveGuestExists(guest.name, host.runDirectory)).toBe(true);
+      expect(await bhyveGuestExists({ name: guest.name, runDirectory: host.runDirectory })).toBe(true);
       running.kill();
       await running.ended;
       expect((await stat(join(host.runDirectory, guest.name))).isSocket()).toBe(true);
       expect(await guest.status()).toEqual({ alive: false, state: 'off' });
-      expect(await bhyveGuestExists(guest.name, host.runDirectory)).toBe(false);
+      expect(await bhyveGuestExists({ name: guest.name, runDirectory: host.runDirectory })).toBe(false);
       await expect(guest.save(target())).rejects.toMatchObject({ errno: 'ENOTCONN' });
     });
   });
