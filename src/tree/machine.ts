@@ -31,7 +31,7 @@ export class Machine {
   readonly mountpoint: string;
   readonly disks: MountedDisk[] = [];
   /** What runs that concerns the guest; the disks know of their own operations. */
-  operation: Operation | undefined;
+  operation: (() => Operation) | undefined;
   readonly remembered: MachineOptions['remembered'];
   readonly #find: MachineOptions['find'];
   #shared: { readonly guest: Promise<Guest | undefined>; uses: number } | undefined;

@@ -66,7 +66,7 @@ export class MountedDisk {
   }
 
   operation(): Operation | undefined {
-    return this.machine.operation ?? this.disk.operation();
+    return this.machine.operation?.() ?? this.disk.operation();
   }
 
   /** What the disk's last command answered, or why the last refused call was refused. */

@@ -7,6 +7,7 @@ import { validateNewName } from '../disk/checkpoint-name.ts';
 import type { Checkpoint, CheckpointDetails, CheckpointKind, PendingCheckpoint } from '../disk/disk.ts';
 import { FsError } from '../errors.ts';
 import type { FrozenFileSystems, Guest } from '../guest/guest.ts';
+import { expectedStateBytes } from './expected-state.ts';
 import type { Machine } from './machine.ts';
 import type { MountedDisk } from './mounted-disk.ts';
 import { MEMORY_FILE, STATE_FILES, type StateFolder } from './state-folder.ts';
@@ -94,13 +95,19 @@ async function takeWithMemory(machine: Machine, guest: Guest, request: TakeReque
     },
     create: (file) => pendingOf(frozen, disk).createState(file),
   });
-  machine.operation = { name: operationName(request), progress: 0 };
+  let expected: number | undefined;
+  machine.operation = () => ({
+    name: operationName(request),
+    // The rest is what the publishing takes.
+    progress: expected ? Math.min(folder.bytes / expected, 0.99) : 0,
+  });
   const giveUp = new AbortController();
   // A signal such as SIGCHLD interrupts too, and a guest that was asked to end will end.
   using _interrupt = suspend ? undefined : relay(request.signal, giveUp);
   const late = setTimeout(() => giveUp.abort(timedOut(machine, guest)), machine.timeoutMs);
   try {
     const identity = await orAbort(guest.identity(), giveUp.signal);
+    expected = expectedStateBytes(disk.disk.checkpoints(), identity.argv);
     await saveInto(folder, machine, guest, request, giveUp.signal);
     guest.validate(folder.readable());
     if (frozen === undefined) throw new FsError('EIO', `Guest ${guest.name} wrote no memory.`);
