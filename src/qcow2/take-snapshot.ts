@@ -36,7 +36,7 @@ import {
   writeNewTable,
   writeTable,
 } from './snapshots.ts';
-import { coverBacking, type StateArea } from './vm-state.ts';
+import { coverBacking, type StateArea, trimState } from './vm-state.ts';
 
 /** What the live disk was at one instant; lives on the main thread. */
 export interface FrozenSnapshot {
@@ -158,11 +158,7 @@ export async function publishSnapshot(
 /** The snapshot's L1 table: the disk's part, and behind it the state's. */
 function withState(image: Image, { l1 }: FrozenSnapshot, state: SnapshotFields['state']): Uint8Array {
   if (state === undefined) return l1;
-  const entries = Math.ceil(state.bytes / image.geometry.l2SpanBytes);
-  const bytes = new Uint8Array(l1.length + entries * 8);
-  bytes.set(l1);
-  bytes.set(new Uint8Array(state.area.shared.l1, 0, entries * 8), l1.length);
-  return bytes;
+  return Buffer.concat([l1, trimState(image, state.area, state.bytes)]);
 }
 
 /** Where the backing file is longer than the disk, QEMU would show its bytes in the holes of the state. */

@@ -109,8 +109,10 @@ export function zeroState(image: Image, area: StateArea, offset: number, length:
 
 /** Truncate, or grow by zeros. @throws FsError as `writeState` */
 export function setStateSize(image: Image, area: StateArea, bytes: number): void {
+  const { clusterBytes } = image.geometry;
   checkGoing(image, area);
-  zeroState(image, area, bytes, Math.max(0, area.size() - bytes));
+  // Whole clusters, so that none is left behind the end; the base is a multiple of their size.
+  zeroState(image, area, bytes, Math.max(0, Math.ceil(area.size() / clusterBytes) * clusterBytes - bytes));
   image.lock();
   area.numbers[number.SIZE] = bytes;
   image.unlock();
@@ -135,6 +137,25 @@ export function endState(image: Image, area: StateArea): void {
   const epoch = Atomics.add(image.words, word.EPOCH, 1);
   image.unlock();
   waitForEarlierReads(image, epoch);
+}
+
+/**
+ * The area's L1 table for its first `bytes`, after `endState`. Tables behind them, of what was truncated, are let go of.
+ */
+export function trimState(image: Image, { table }: StateArea, bytes: number): Uint8Array {
+  const entries = Math.ceil(bytes / image.geometry.l2SpanBytes);
+  const used = usedEntries(table);
+  image.lock();
+  try {
+    for (let index = entries; index < used; index++) {
+      const host = l2TableAt(image, table, index);
+      if (host !== 0) unlink(image, host / image.geometry.clusterBytes, 1);
+      table.view.setBigUint64(index * 8, 0n);
+    }
+  } finally {
+    image.unlock();
+  }
+  return new Uint8Array(table.view.buffer, table.view.byteOffset, entries * 8);
 }
 
 /** Free everything in areas, after `endState`. A failure leaves clusters counted that nothing uses, no more. */
