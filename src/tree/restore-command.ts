@@ -18,7 +18,7 @@ export const shellWord = (word: string): string =>
 /** The line to type first, then as comments of a shell what may keep the guest from coming back. */
 export async function restoreCommandText(mounted: MountedDisk, checkpoint: Checkpoint): Promise<string> {
   const { machine } = mounted;
-  const request = requestOf(mounted, checkpoint);
+  const request = requestOf(holderOf(mounted, checkpoint));
   const { argv, warnings } = await machine.withGuest(async (running) => {
     if (running !== undefined) return running.restoreCommand(request);
     using guest = await machine.remembered(request.saved);
@@ -32,24 +32,41 @@ export async function restoreCommandText(mounted: MountedDisk, checkpoint: Check
  * @throws FsError EBUSY while the guest runs; ENOENT where another disk has no such checkpoint, with nothing done
  */
 export async function rollBackToRestore(mounted: MountedDisk, checkpoint: Checkpoint): Promise<string> {
-  const { statePath, shortStatePath } = requestOf(mounted, checkpoint);
   const { machine } = mounted;
+  const what = `estoring ${JSON.stringify(checkpoint.name)}`;
+  const { statePath, shortStatePath } = requestOf(holderOf(mounted, checkpoint));
   const all = machine.disks.map((disk) => ({ disk, its: disk === mounted ? checkpoint : disk.find(checkpoint.name) }));
-  await machine.refuseIfAlive(`Restoring ${JSON.stringify(checkpoint.name)}`);
-  for (const { disk } of all) await disk.refuseIfWritten(`restoring ${JSON.stringify(checkpoint.name)}`);
+  await machine.refuseIfAlive(`R${what}`);
+  for (const { disk } of all) await disk.refuseIfWritten(`r${what}`);
   for (const { disk, its } of all) await disk.rollback(its);
   return Buffer.byteLength(statePath) <= PATH_BYTES ? statePath : shortStatePath;
 }
 
-/** @throws FsError ENOTSUP where the checkpoint has no memory */
-function requestOf({ disk, machine }: MountedDisk, checkpoint: Checkpoint): RestoreRequest {
-  const { name, kind, stateFiles } = checkpoint;
-  if (!stateFiles.some((file) => file.name === MEMORY_FILE)) {
-    throw new FsError(
-      'ENOTSUP',
-      `Checkpoint ${JSON.stringify(name)} holds no memory: roll back to it and start the guest as always.`,
-    );
+interface Holder {
+  readonly mounted: MountedDisk;
+  readonly checkpoint: Checkpoint;
+}
+
+const hasMemory = ({ stateFiles }: Checkpoint): boolean => stateFiles.some(({ name }) => name === MEMORY_FILE);
+
+/**
+ * Where the memory of that instant is: in this disk's checkpoint, or in that of another disk of the guest.
+ * @throws FsError ENOTSUP where it is in none
+ */
+function holderOf(mounted: MountedDisk, checkpoint: Checkpoint): Holder {
+  if (hasMemory(checkpoint)) return { mounted, checkpoint };
+  for (const other of mounted.machine.disks) {
+    const its = other.disk.checkpoints().find(({ name, kind }) => name === checkpoint.name && kind === checkpoint.kind);
+    if (its !== undefined && hasMemory(its)) return { mounted: other, checkpoint: its };
   }
+  throw new FsError(
+    'ENOTSUP',
+    `Checkpoint ${JSON.stringify(checkpoint.name)} holds no memory: roll back to it and start the guest as always.`,
+  );
+}
+
+function requestOf({ mounted: { disk, machine }, checkpoint }: Holder): RestoreRequest {
+  const { name, kind } = checkpoint;
   const directory = `${machine.mountpoint}/${disk.name}`;
   const folder = kind === 'internal' ? 'snapshots' : 'overlays';
   return {

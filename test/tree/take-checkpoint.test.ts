@@ -247,6 +247,25 @@ describe('a guest with two disks', () => {
     expect([await taken(), await taken('data')]).toEqual([['b'], ['a', 'b']]);
   });
 
+  it('is restored with all its disks, wherever its memory is', async () => {
+    await mkdir('a', 'data');
+    expect(await errnoOf(run('restore a'))).toBe('EBUSY');
+    guest.alive = false;
+    for (const disk of ['vm1', 'data']) {
+      const file = await open(root, `${disk}/disk.raw`, O_RDWR);
+      await write(file, 'behind');
+      expect(await errnoOf(run('restore a'))).toBe('EBUSY');
+      await file.release();
+    }
+    await run('restore a');
+    expect(await answer()).toBe('/mnt/data/snapshots/a/state\n');
+    for (const disk of ['vm1', 'data']) expect((await text(root, `${disk}/disk.raw`)).charCodeAt(0)).toBe(0);
+    await run('restore-command a');
+    expect(await answer()).toMatch(/^bhyve -r \/mnt\/data\/snapshots\/a\/state /);
+    await (await directoryAt(root, 'vm1/snapshots')).removeDirectory('a', caller);
+    expect(await errnoOf(run('restore a', 'data'))).toBe('ENOENT');
+  });
+
   it('has it on both disks or on none', async () => {
     const [, second] = disks as [FakeDisk, FakeDisk];
     const freeze = second.freeze.bind(second);
