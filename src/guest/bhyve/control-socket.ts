@@ -1,8 +1,8 @@
 /** The control socket of a running bhyve: where it is, which dialect it speaks, and a request through it. */
 import { closeSync } from 'node:fs';
-import { open } from 'node:fs/promises';
+import { open, realpath } from 'node:fs/promises';
 import { Socket } from 'node:net';
-import { basename, join } from 'node:path';
+import { basename, isAbsolute, join } from 'node:path';
 import { FsError } from '../../errors.ts';
 import { type BoundSocket, boundSockets } from '../../os/bound-sockets.ts';
 import { fsErrorFrom } from '../../os/errno.ts';
@@ -31,17 +31,27 @@ export async function findControlSocket(
 ): Promise<ControlSocket | undefined> {
   const bound = (await boundSockets()) ?? [];
   const path = join(runDirectory, name);
-  const found = boundAt(bound, path);
-  if (found?.type === 'datagram') return { path, generations: ['B'] };
-  if (found?.type === 'stream') return { path, generations: streamGenerations(osreldate) };
+  const type = await typeBoundAt(path, bound);
+  if (type === 'datagram') return { path, generations: ['B'] };
+  if (type === 'stream') return { path, generations: streamGenerations(osreldate) };
   const first = join(runDirectory, 'checkpoint', name);
-  return boundAt(bound, first)?.type === 'stream' ? { path: first, generations: ['A'] } : undefined;
+  return (await typeBoundAt(first, bound)) === 'stream' ? { path: first, generations: ['A'] } : undefined;
 }
 
-/** A relative name is the server's own business: the last part has to do. */
-const boundAt = (bound: readonly BoundSocket[], path: string): BoundSocket | undefined =>
-  bound.find((socket) => socket.path === path) ??
-  bound.find((socket) => !socket.path.startsWith('/') && basename(socket.path) === basename(path));
+/** Undefined if no one has a socket there. The server may have bound it under another of its names: /run is /var/run. */
+async function typeBoundAt(path: string, bound: readonly BoundSocket[]): Promise<BoundSocket['type'] | undefined> {
+  const real = await realPath(path);
+  if (real === undefined) return undefined;
+  for (const socket of bound) {
+    if (socket.path === path) return socket.type;
+    if (basename(socket.path) !== basename(real)) continue;
+    // A relative name is the server's own business: the last part has to do.
+    if (!isAbsolute(socket.path) || (await realPath(socket.path)) === real) return socket.type;
+  }
+  return undefined;
+}
+
+const realPath = (path: string): Promise<string | undefined> => realpath(path).catch(() => undefined);
 
 /** A request on its way. */
 export interface SentRequest {
