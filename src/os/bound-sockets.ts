@@ -41,9 +41,12 @@ export function parseProcNetUnix(text: string): BoundSocket[] {
 
 const SOCKSTAT_TYPES: Readonly<Record<string, BoundSocket['type']>> = { stream: 'stream', dgram: 'datagram' };
 
-/** Lines "USER COMMAND PID FD PROTO LOCAL-ADDRESS"; a socket that is only connected shows "-> …" or nothing. */
+/**
+ * Lines "USER COMMAND PID FD PROTO PATH", whom it is connected to behind the path: "-> …" or "<- …". A socket that is
+ * only connected has no path.
+ */
 export function parseSockstat(text: string): BoundSocket[] {
-  const line = /^\S+\s+\S.*?\s+\d+\s+\d+\s+(stream|dgram|seqpac)\s+((?!->|\(not)\S+)/gm;
+  const line = /^\S+\s+\S.*?\s+\d+\s+\d+\s+(stream|dgram|seqpac)\s+((?!->|<-|\(not)\S.*?)(?: +(?:->|<-) .*)?\s*$/gm;
   return [...text.matchAll(line)].map(([, type, path]) => ({
     path: path as string,
     type: SOCKSTAT_TYPES[type as string] ?? 'other',

@@ -26,11 +26,15 @@ root     bhyve      1234  9   stream /var/run/bhyve/web0
 root     bhyve      1235  9   dgram  /var/run/bhyve/web1
 root     my prog    1236  5   stream -> /var/run/devd.pipe
 root     syslogd    700   6   dgram  (not connected)
+root     bhyve      1237  9   stream /var/run/bhyve/a b <- [77 3],[78 4]
+root     bhyve      1238  9   stream /var/run/bhyve/web2 -> [77 5]
 root     devd       500   4   seqpac /var/run/devd.seqpacket.pipe
 `;
     expect(parseSockstat(text)).toEqual([
       { path: '/var/run/bhyve/web0', type: 'stream' },
       { path: '/var/run/bhyve/web1', type: 'datagram' },
+      { path: '/var/run/bhyve/a b', type: 'stream' },
+      { path: '/var/run/bhyve/web2', type: 'stream' },
       { path: '/var/run/devd.seqpacket.pipe', type: 'other' },
     ]);
   });
