@@ -342,4 +342,47 @@ if (driver === 'native') {
         expect(await runOk(process.execPath, args, { env })).toBe(`restored ${BLOCKS}\n`);
       }));
   });
+
+  it('restore-command still works after everything was restarted, and takes the devices of --guest-config', () =>
+    withDirectory(async (directory) => {
+      const host = await installBhyve(directory, { osreldate: 1_401_000 });
+      const image = join(directory, 'vm.qcow2');
+      const config = join(directory, 'vm.sh');
+      const vm = `e2e${process.pid}-again`;
+      await runOk('qemu-img', ['create', '-q', '-f', 'qcow2', image, '64M']);
+      const mounted = <T>(args: readonly string[], body: (tree: MountedTree) => Promise<T>): Promise<T> =>
+        withMount(image, { args: ['--guest', `vm=bhyve:${vm}`, ...args], env: host.env }, body);
+      const restoreCommand = async (tree: MountedTree): Promise<string> => {
+        await writeFile(tree.path('vm', 'control'), 'restore-command good');
+        return readFile(tree.path('vm', 'control'), 'utf8');
+      };
+
+      await mounted([], async (tree) => {
+        const guest = await startGuest(host, vm, { disks: [tree.path('vm', 'disk.raw')] });
+        try {
+          await mkdir(tree.path('vm', 'snapshots', 'good'));
+        } finally {
+          guest.kill();
+          await guest.ended;
+        }
+      });
+      await mounted([], async (tree) => {
+        const [line, ...notes] = (await restoreCommand(tree)).split('\n');
+        expect(line).toMatch(/^bhyve -r \S+\/vm\/snapshots\/good\/state .* 3,virtio-blk,\S+\/vm\/disk\.raw /);
+        expect(line).toMatch(new RegExp(` ${vm}$`));
+        expect(notes.join('\n')).toContain('# How the guest was started is not known');
+        const info = JSON.parse(await readFile(tree.path('vm', 'snapshots', 'good', 'info.json'), 'utf8'));
+        expect(info.guest).toMatchObject({ name: vm, hostRelease: '1401000' });
+      });
+      await writeFile(config, `bhyve -c 2 -H \\\n  -s '5,nvme,/other disk' ${vm}\n`);
+      await writeFile(join(host.bin, 'sysctl'), '#!/bin/sh\necho 1402000\n');
+      await mounted(['--guest-config', config], async (tree) => {
+        const text = await restoreCommand(tree);
+        expect(text).toMatch(new RegExp(`^bhyve -r \\S+ -c 2 -H -s '5,nvme,/other disk' ${vm}\n`));
+        expect(text).toContain(
+          '# The checkpoint was saved on a host with kern.osreldate 1401000, this one has 1402000',
+        );
+        expect(text).toContain("# None of the guest's devices is the disk");
+      });
+    }));
 }
