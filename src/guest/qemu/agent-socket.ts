@@ -20,7 +20,7 @@ export async function agentSocket(qmp: QmpClient): Promise<string | undefined> {
     // "disconnected:unix:/run/agent,server=on"
     const path = /^(?:disconnected:)?unix:(.*?)(?:,server(?:=on)?)?$/.exec(asText(filename, 'filename'))?.[1];
     if (path === undefined || isAbsolute(path)) return path;
-    const directory = processDirectory(qmp.process);
+    const directory = await processDirectory(qmp.process);
     return directory === undefined ? undefined : join(directory, path);
   }
   return undefined;

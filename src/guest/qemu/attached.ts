@@ -53,10 +53,10 @@ async function snapshotCommand(
 }
 
 /** The files that the external checkpoint `name` of a disk may have: the second where the first belongs to another one. */
-const overlayNames = (image: string, name: string): readonly string[] => [
-  `${name}.qcow2`,
-  `${basename(image, '.qcow2')}~${name}.qcow2`,
-];
+function overlayNames(image: string, name: string): readonly string[] {
+  const disk = basename(image, '.qcow2');
+  return [...(name.startsWith(`${disk}~`) ? [] : [`${name}.qcow2`]), `${disk}~${name}.qcow2`];
+}
 
 async function takeExternal(qmp: QmpClient, image: string, name: string): Promise<void> {
   const chain = await blockChain(qmp, image);

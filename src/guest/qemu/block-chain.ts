@@ -24,7 +24,7 @@ const CHAIN_LAYERS = 200;
  */
 export async function blockChain(qmp: QmpClient, image: string): Promise<readonly BlockLayer[]> {
   const wanted = await realpath(image).catch(() => image);
-  const directory = processDirectory(qmp.process) ?? process.cwd();
+  const directory = (await processDirectory(qmp.process)) ?? process.cwd();
   for (const listed of asArray(await qmp.execute('query-block'), 'query-block')) {
     const { inserted } = asObject(listed, 'a device');
     if (!isObject(inserted)) continue; // a drive without a medium

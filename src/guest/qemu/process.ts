@@ -1,23 +1,15 @@
-/** QEMU's process, as /proc shows it (Linux); nothing is known of it elsewhere, or of another user's. */
-import { readFileSync, readlinkSync } from 'node:fs';
+/** QEMU's process, as far as the system shows it: nothing is known of another user's. */
+import { readlink } from 'node:fs/promises';
+import { basename } from 'node:path';
+import { processOf } from '../../os/process-list.ts';
 
 /** Its arguments, the program first; empty if they cannot be had, or if that is no QEMU (a manager that made the socket). */
-export function processArguments(pid: number | undefined): readonly string[] {
-  if (pid === undefined) return [];
-  try {
-    const argv = readFileSync(`/proc/${pid}/cmdline`, 'utf8').split('\0').slice(0, -1);
-    return /qemu|kvm/i.test(argv[0] ?? '') ? argv : [];
-  } catch {
-    return [];
-  }
+export async function processArguments(pid: number | undefined): Promise<readonly string[]> {
+  const argv = pid === undefined ? [] : ((await processOf(pid))?.argv ?? []);
+  return /^(qemu|kvm)/.test(basename(argv[0] ?? '')) ? argv : [];
 }
 
-/** Its working directory, which relative paths in its arguments begin at. */
-export function processDirectory(pid: number | undefined): string | undefined {
-  if (pid === undefined) return undefined;
-  try {
-    return readlinkSync(`/proc/${pid}/cwd`);
-  } catch {
-    return undefined;
-  }
+/** Its working directory, which relative paths in its arguments begin at; known on Linux only. */
+export async function processDirectory(pid: number | undefined): Promise<string | undefined> {
+  return pid === undefined ? undefined : readlink(`/proc/${pid}/cwd`).catch(() => undefined);
 }

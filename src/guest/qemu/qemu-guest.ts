@@ -76,7 +76,7 @@ export class QemuGuest implements Guest {
         name: this.#name,
         version: qmp.version.text,
         hostRelease: undefined,
-        argv: processArguments(qmp.process),
+        argv: await processArguments(qmp.process),
       };
     });
   }

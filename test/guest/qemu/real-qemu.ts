@@ -37,16 +37,18 @@ export async function startQemu(directory: string, program: string, args: readon
     stream.on('data', (chunk: Buffer) => (output += chunk.toString()));
   }
   const ended = once(child, 'close').then(() => running.delete(child));
+  const guest = new QemuGuest({ socketPath: qmpSocket(directory) });
   const qemu: RealQemu = {
     socketPath: qmpSocket(directory),
     process: child,
     output: () => output,
     async [Symbol.asyncDispose]() {
+      // The program may be the parent of QEMU; QEMU's own socket reaches it.
+      if (child.exitCode === null && child.signalCode === null) await guest.poweroff().catch(() => {});
       child.kill('SIGKILL');
       await ended;
     },
   };
-  const guest = new QemuGuest({ socketPath: qemu.socketPath });
   for (const deadline = Date.now() + READY_MS; (await guest.status()).state === 'off'; await sleep(20)) {
     if (child.exitCode === null && child.signalCode === null && Date.now() < deadline) continue;
     await qemu[Symbol.asyncDispose]();
