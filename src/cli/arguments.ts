@@ -1,4 +1,5 @@
 /** Words of the command line that several commands share. */
+import { realpathSync, statSync } from 'node:fs';
 import { InvalidArgumentError } from 'commander';
 import { parseSize } from './size.ts';
 
@@ -20,6 +21,22 @@ export const countArgument =
     if (/^\d+$/.test(text) && Number.isSafeInteger(count) && count >= least) return count;
     throw new InvalidArgumentError(`Give a whole number of at least ${least}.`);
   };
+
+/** For commander: one more folder, absolute and without links. */
+export const foldersArgument = (path: string, before: readonly string[] = []): readonly string[] => [
+  ...before,
+  folderArgument(path),
+];
+
+/** For commander: an existing folder, absolute and without links. */
+export function folderArgument(path: string): string {
+  try {
+    if (statSync(path).isDirectory()) return realpathSync(path);
+  } catch {
+    // said below
+  }
+  throw new InvalidArgumentError('Give a folder that exists.');
+}
 
 /** The last part of a command's help. */
 export const example = (...lines: readonly string[]): string =>

@@ -1,37 +1,56 @@
 /** IMAGE_OR_DIR...: which disks a mount shows, and under which names. */
-import { readdirSync, realpathSync, statSync } from 'node:fs';
-import { basename, dirname, resolve } from 'node:path';
+import { readdirSync, statSync } from 'node:fs';
+import { basename, resolve } from 'node:path';
+import { bottomOf, FolderScan } from '../disk/folder-scan.ts';
 import { FsError } from '../errors.ts';
 import { fsErrorFrom } from '../os/errno.ts';
-import { readHeader } from '../qcow2/header.ts';
-import { HostFile } from '../storage/host-file.ts';
 
 const SUFFIX = '.qcow2';
 
 /** The directory name of the disk in an image file. */
 export const diskName = (imagePath: string): string => basename(imagePath, SUFFIX);
 
+/** A disk to mount. */
+export interface SourceDisk {
+  /** What to open: its image, or one of the overlays over it. */
+  readonly image: string;
+  readonly name: string;
+}
+
 /**
- * The image files to mount, absolute, in the order given. A directory stands for the top of each chain in it: a
- * *.qcow2 that another one there has as its backing file is no disk of its own.
+ * The disks to mount, in the order given. An overlay of this program stands for the disk that it belongs to. A directory
+ * stands for the disks in it: a *.qcow2 that another image there has as its backing file is no disk of its own.
  * @throws FsError ENOENT for what is not there, and for a directory without images; EEXIST for two disks of one name
  */
-export function imagesToMount(paths: readonly string[]): string[] {
-  const images = paths.flatMap((path) => (isDirectory(path) ? topsOf(path) : [resolve(path)]));
-  const byName = new Map<string, string>();
-  for (const image of images) {
-    const name = diskName(image);
-    const other = byName.get(name);
-    if (other === image) throw new FsError('EEXIST', `${image}: given twice; give each image once`);
-    if (other !== undefined) {
-      throw new FsError(
-        'EEXIST',
-        `${other} and ${image}: both would be the disk ${name}; mount them apart, or rename one of the files`,
-      );
+export async function disksToMount(paths: readonly string[]): Promise<SourceDisk[]> {
+  const scan = new FolderScan();
+  const disks: (SourceDisk & { readonly bottom: string })[] = [];
+  for (const path of paths) {
+    const found = isDirectory(path) ? await disksIn(scan, path) : [await sourceDisk(scan, resolve(path))];
+    for (const disk of found) {
+      if (disks.some(({ image }) => image === disk.image)) {
+        throw new FsError('EEXIST', `${disk.image}: given twice; give each image once`);
+      }
+      // The image and an overlay over it: one disk.
+      if (disks.some(({ bottom }) => bottom === disk.bottom)) continue;
+      const other = disks.find(({ name }) => name === disk.name);
+      if (other !== undefined) {
+        throw new FsError(
+          'EEXIST',
+          `${other.image} and ${disk.image}: both would be the disk ${disk.name}; mount them apart, or rename one of the files`,
+        );
+      }
+      disks.push(disk);
     }
-    byName.set(name, image);
   }
-  return images;
+  return disks.map(({ image, name }) => ({ image, name }));
+}
+
+async function sourceDisk(scan: FolderScan, image: string): Promise<SourceDisk & { readonly bottom: string }> {
+  const bottom = await bottomOf(scan, image);
+  // The name given, where it is a link to the image.
+  const own = (await scan.image(image))?.path ?? image;
+  return { image, bottom, name: diskName(bottom === own ? image : bottom) };
 }
 
 function isDirectory(path: string): boolean {
@@ -42,7 +61,7 @@ function isDirectory(path: string): boolean {
   }
 }
 
-function topsOf(directory: string): string[] {
+async function disksIn(scan: FolderScan, directory: string): Promise<(SourceDisk & { readonly bottom: string })[]> {
   const images = readdirSync(directory)
     .filter((name) => name.endsWith(SUFFIX) && name !== SUFFIX)
     .sort()
@@ -54,19 +73,17 @@ function topsOf(directory: string): string[] {
       `${directory}: holds no *${SUFFIX} file; give a directory with images, or the image files`,
     );
   }
-  const backing = new Set(images.map(backingPath));
-  const tops = images.filter((path) => !backing.has(realpathSync(path)));
-  // Only in a circle is there no top; opening any of them says so.
-  return tops.length > 0 ? tops : images;
-}
-
-/** The real path of an image's backing file; undefined without one, or if that cannot be told: opening will say why. */
-function backingPath(path: string): string | undefined {
-  try {
-    using file = HostFile.open(path, { readOnly: true });
-    const name = readHeader(file).backingFile?.replace(/^file:/, '');
-    return name === undefined ? undefined : realpathSync(resolve(dirname(realpathSync(path)), name));
-  } catch {
-    return undefined;
+  const disks = new Map<string, SourceDisk & { readonly bottom: string }>();
+  /** Disks that another one is built on. */
+  const below = new Set<string>();
+  for (const path of images) {
+    const disk = await sourceDisk(scan, path);
+    const image = await scan.image(path);
+    if (image?.mark === undefined && image?.backing !== undefined) below.add(await bottomOf(scan, image.backing));
+    // The image itself stands for the disk before its overlays.
+    if (!disks.has(disk.bottom) || image?.path === disk.bottom) disks.set(disk.bottom, disk);
   }
+  const tops = [...disks.values()].filter(({ bottom }) => !below.has(bottom));
+  // Only in a circle is there no top; opening any of them says so.
+  return tops.length > 0 ? tops : [...disks.values()];
 }

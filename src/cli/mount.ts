@@ -1,7 +1,7 @@
 import { availableParallelism } from 'node:os';
 import { resolve } from 'node:path';
 import { type Command, Option } from 'commander';
-import { countArgument, example, sizeArgument } from './arguments.ts';
+import { countArgument, example, folderArgument, foldersArgument, sizeArgument } from './arguments.ts';
 import { isDetachedServer, startDetached } from './detach.ts';
 import { type DriverName, driverNames } from './driver-name.ts';
 import { exitStatus } from './failure.ts';
@@ -15,6 +15,8 @@ interface MountFlags {
   readonly threads: number;
   readonly cache?: number;
   readonly replace?: boolean;
+  readonly backingRoot?: readonly string[];
+  readonly overlayDir?: string;
   readonly guest?: GuestAddresses;
   readonly guestTimeout: number;
   readonly guestConfig?: string;
@@ -41,6 +43,8 @@ export function addMount(program: Command): void {
     )
     .option('--guest-timeout <seconds>', 'for a checkpoint of a guest', countArgument(1), DEFAULT_GUEST_TIMEOUT)
     .option('--guest-config <file>', "the guest's command line, or a file of bhyve_config(5), for restore-command")
+    .option('--overlay-dir <dir>', 'where new overlays go; left out: beside the image', folderArgument)
+    .option('--backing-root <dir>', 'one more folder with images that may be built on these', foldersArgument)
     .option('--threads <n>', 'threads that serve reads and writes', countArgument(1), defaultThreads)
     .option('--cache <size>', 'memory for the tables of each disk, such as 32M', sizeArgument)
     .option('--replace', 'first end what vdskfs has mounted there, or left there when it died')
@@ -62,8 +66,8 @@ async function mount(paths: readonly string[], flags: MountFlags, command: Comma
   const sources = paths.slice(0, -1);
   const guests = flags.guest ?? new Map();
   if (guests.size > 0) {
-    const { diskName, imagesToMount } = await import('./images.ts');
-    const names = imagesToMount(sources).map(diskName);
+    const { disksToMount } = await import('./images.ts');
+    const names = (await disksToMount(sources)).map(({ name }) => name);
     const stranger = [...guests.keys()].find((name) => !names.includes(name));
     if (stranger !== undefined) {
       command.error(`vdskfs: --guest: no disk ${stranger} is mounted; there are ${names.join(', ')}`, {
@@ -84,6 +88,8 @@ async function mount(paths: readonly string[], flags: MountFlags, command: Comma
     replace: flags.replace ?? false,
     threads: flags.threads,
     cacheBytes: flags.cache,
+    backingRoots: flags.backingRoot ?? [],
+    overlayFolder: flags.overlayDir,
     guests,
     guestTimeoutMs: flags.guestTimeout * 1000,
     guestConfig: flags.guestConfig === undefined ? undefined : resolve(flags.guestConfig),

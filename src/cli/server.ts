@@ -16,7 +16,7 @@ import type { DriverName } from './driver-name.ts';
 import { exitStatus, sentenceOf } from './failure.ts';
 import type { GuestAddresses } from './guest-options.ts';
 import { withMountOf } from './image-target.ts';
-import { imagesToMount } from './images.ts';
+import { disksToMount } from './images.ts';
 import { say } from './log.ts';
 import { type Machine, machinesOf } from './machines.ts';
 import { prepareMountpoint } from './mountpoint.ts';
@@ -37,6 +37,10 @@ export interface ServeOptions {
   readonly threads: number;
   /** For the metadata of each disk, in bytes. */
   readonly cacheBytes: number | undefined;
+  /** Folders with images that may be built on these. Absolute, as the next. */
+  readonly backingRoots: readonly string[];
+  /** Where new overlays go; undefined: beside the image. */
+  readonly overlayFolder: string | undefined;
   readonly guests: GuestAddresses;
   readonly guestTimeoutMs: number;
   /** Absolute path. */
@@ -54,7 +58,7 @@ const LAST_REQUESTS_MS = 2000;
  */
 export async function serve(options: ServeOptions): Promise<void> {
   const signals = watchStopSignals();
-  const images = imagesToMount(options.sources);
+  const images = (await disksToMount(options.sources)).map(({ image }) => image);
   stateDirectory(); // unusable, it is better known before anything is mounted
   const mountpoint = await prepareMountpoint(options.mountpoint, options);
   const disks: Disk[] = [];
@@ -63,7 +67,7 @@ export async function serve(options: ServeOptions): Promise<void> {
   try {
     for (const image of images) {
       refuseIfStopped(signals);
-      disks.push(await openImage(image, options));
+      disks.push(await openImage(image, mountpoint, options));
     }
     tree = createTree(disks, { machines: machines(disks, mountpoint, options) });
     mounted = await mountTree(tree, disks, mountpoint, options);
@@ -107,9 +111,11 @@ function refuseIfStopped(signals: StopSignals): void {
   if (signals.count > 0) throw new FsError('EINTR', 'stopped by a signal before anything was mounted');
 }
 
-async function openImage(image: string, { readOnly, cacheBytes }: ServeOptions): Promise<Disk> {
+async function openImage(image: string, mountpoint: string, options: ServeOptions): Promise<Disk> {
+  const { readOnly, cacheBytes, backingRoots, overlayFolder } = options;
+  const cache = cacheBytes === undefined ? {} : { cacheBytes };
   try {
-    return await openDisk(image, { readOnly, ...(cacheBytes === undefined ? {} : { cacheBytes }) });
+    return await openDisk(image, { readOnly, backingRoots, overlayFolder, avoid: [mountpoint], ...cache });
   } catch (error) {
     throw withMountOf(image, error);
   }

@@ -1,35 +1,61 @@
-/** A chain of open images as plain data, and how a thread makes its own objects over it. */
+/**
+ * A chain of open images as plain data, and how a thread makes its own objects over it. Layers come and go while views
+ * are open; a thread has one object for each, which every view of it uses, and follows by attaching the views anew.
+ */
 import { type Backing, Image, type SharedImage } from '../qcow2/image.ts';
 import { imageBacking, rawBacking } from '../qcow2/layer.ts';
 import { HostFile, type SharedFile } from '../storage/host-file.ts';
 
+interface SharedFileLayer {
+  /** Unique in this process: another one when the file is opened anew. */
+  readonly id: number;
+  readonly file: SharedFile;
+}
+
 /** One image of a chain; plain data that can be posted to another thread. */
 export type SharedLayer =
-  | {
+  | (SharedFileLayer & {
       readonly format: 'qcow2';
-      readonly file: SharedFile;
       readonly data: SharedFile | undefined;
       readonly image: SharedImage;
-    }
-  | { readonly format: 'raw'; readonly file: SharedFile };
+    })
+  | (SharedFileLayer & { readonly format: 'raw' });
 
 /** Top first. */
 export type SharedChain = readonly SharedLayer[];
 
-/** This thread's object over the top image, with the images below it as its backing. */
-export function attachChain(chain: SharedChain): Image {
-  let backing: Backing | undefined;
-  for (let index = chain.length - 1; index > 0; index--) {
-    const layer = chain[index] as SharedLayer;
-    backing =
-      layer.format === 'raw' ? rawBacking(HostFile.adopt(layer.file)) : imageBacking(attachLayer(layer, backing));
+/** This thread's objects, by layer, as long as a view or a layer above uses them. */
+const images = new Map<number, WeakRef<Image>>();
+/** This thread's slot in each image: an image that is attached again takes the one it had. */
+const threadSlots = new Map<number, number>();
+
+/** The top of a chain on this thread: an image, or a raw file. */
+export type AttachedTop = { readonly image: Image } | { readonly image: undefined; readonly backing: Backing };
+
+/** This thread's object over the top layer, with those below it as its backing, also where they were others before. */
+export function attachChain(chain: SharedChain): AttachedTop {
+  let top: AttachedTop | undefined;
+  for (const layer of chain.toReversed()) {
+    if (layer.format === 'raw') {
+      top = { image: undefined, backing: rawBacking(HostFile.adopt(layer.file)) };
+      continue;
+    }
+    const image = images.get(layer.id)?.deref() ?? attachImage(layer);
+    image.backing = top === undefined ? undefined : backingOf(top);
+    top = { image };
   }
-  const top = chain[0];
-  if (top?.format !== 'qcow2') throw new Error('the top of a chain is a qcow2 image');
-  return attachLayer(top, backing);
+  if (top === undefined) throw new Error('a chain has at least one layer');
+  return top;
 }
 
-function attachLayer(layer: SharedLayer & { format: 'qcow2' }, backing: Backing | undefined): Image {
+export const backingOf = (top: AttachedTop): Backing =>
+  top.image === undefined ? top.backing : imageBacking(top.image);
+
+function attachImage(layer: SharedLayer & { format: 'qcow2' }): Image {
   const file = HostFile.adopt(layer.file);
-  return Image.attach(layer.image, file, layer.data === undefined ? file : HostFile.adopt(layer.data), backing);
+  const data = layer.data === undefined ? file : HostFile.adopt(layer.data);
+  const image = Image.attach(layer.image, file, data, undefined, threadSlots.get(layer.id));
+  threadSlots.set(layer.id, image.thread);
+  images.set(layer.id, new WeakRef(image));
+  return image;
 }

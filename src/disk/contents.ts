@@ -2,11 +2,12 @@
 import { FsError } from '../errors.ts';
 import { zeroRange } from '../qcow2/discard.ts';
 import { flush } from '../qcow2/flush.ts';
-import type { Image } from '../qcow2/image.ts';
+import type { Backing, Image } from '../qcow2/image.ts';
 import { extentAt } from '../qcow2/layer.ts';
 import type { L1Table } from '../qcow2/lookup.ts';
 import { readRange } from '../qcow2/read.ts';
 import { writeRange } from '../qcow2/write.ts';
+import type { HostFile } from '../storage/host-file.ts';
 import type { Contents } from './disk.ts';
 
 /** Searches for data and holes look at this much of the disk at a time. */
@@ -14,9 +15,14 @@ const SEARCH_BYTES = 2 ** 40;
 
 /** The live contents. */
 export class LiveContents implements Contents {
-  readonly #image: Image;
+  #image: Image;
 
   constructor(image: Image) {
+    this.#image = image;
+  }
+
+  /** Show another image from now on: the disk goes on in an overlay, or in what one was merged into. */
+  follow(image: Image): void {
     this.#image = image;
   }
 
@@ -62,7 +68,7 @@ export class LiveContents implements Contents {
 
 /** What a snapshot shows: its disk, or its VM state, which lies behind the disk in the same mapping. */
 export class SnapshotContents implements Contents {
-  readonly #image: Image;
+  #image: Image;
   readonly #table: L1Table;
   /** Guest offset of the first byte. */
   readonly #base: number;
@@ -75,6 +81,11 @@ export class SnapshotContents implements Contents {
     this.#size = size;
   }
 
+  /** The same image file, opened anew. */
+  follow(image: Image): void {
+    this.#image = image;
+  }
+
   size(): number {
     return this.#size;
   }
@@ -84,15 +95,15 @@ export class SnapshotContents implements Contents {
   }
 
   write(): boolean {
-    throw this.#refusal();
+    throw neverChanges();
   }
 
   discard(): boolean {
-    throw this.#refusal();
+    throw neverChanges();
   }
 
   writeZeroes(): boolean {
-    throw this.#refusal();
+    throw neverChanges();
   }
 
   flush(): void {}
@@ -104,9 +115,92 @@ export class SnapshotContents implements Contents {
   nextHole(offset: number): number {
     return search(this.#image, this.#table, this.#base, this.#size, offset, false);
   }
+}
 
-  #refusal(): FsError {
-    return new FsError('EROFS', 'a checkpoint never changes; write to disk.raw, or roll back to the checkpoint first');
+const neverChanges = (): FsError =>
+  new FsError('EROFS', 'a checkpoint never changes; write to disk.raw, or roll back to the checkpoint first');
+
+/** What an external checkpoint shows: a layer that is frozen, with all below it. */
+export class LayerContents implements Contents {
+  #layer: Backing;
+
+  constructor(layer: Backing) {
+    this.#layer = layer;
+  }
+
+  /** The same bytes in another file: a merge has moved them. */
+  follow(layer: Backing): void {
+    this.#layer = layer;
+  }
+
+  size(): number {
+    return this.#layer.size();
+  }
+
+  read(target: Uint8Array, at: number, length: number, offset: number): void {
+    this.#layer.read(target, at, length, offset);
+  }
+
+  write(): boolean {
+    throw neverChanges();
+  }
+
+  discard(): boolean {
+    throw neverChanges();
+  }
+
+  writeZeroes(): boolean {
+    throw neverChanges();
+  }
+
+  flush(): void {}
+
+  nextData(offset: number): number {
+    return searchLayer(this.#layer, offset, true);
+  }
+
+  nextHole(offset: number): number {
+    return searchLayer(this.#layer, offset, false);
+  }
+}
+
+/** The bytes of a host file as they are: of an overlay, or of a guest's state. */
+export class FileContents implements Contents {
+  readonly #file: HostFile;
+
+  constructor(file: HostFile) {
+    this.#file = file;
+  }
+
+  size(): number {
+    return this.#file.size();
+  }
+
+  read(target: Uint8Array, at: number, length: number, offset: number): void {
+    const got = this.#file.read(target, at, length, offset);
+    if (got < length) target.fill(0, at + got, at + length);
+  }
+
+  write(): boolean {
+    throw neverChanges();
+  }
+
+  discard(): boolean {
+    throw neverChanges();
+  }
+
+  writeZeroes(): boolean {
+    throw neverChanges();
+  }
+
+  flush(): void {}
+
+  nextData(offset: number): number {
+    return this.#file.nextData(offset);
+  }
+
+  nextHole(offset: number): number {
+    return this.#file.nextHole(offset);
   }
 }
 
@@ -122,6 +216,18 @@ export function search(
   let position = offset;
   while (position < size) {
     const found = extentAt(image, table, base + position, Math.min(size - position, SEARCH_BYTES));
+    if (found.data === data) return position;
+    position += found.length;
+  }
+  return data ? -1 : size;
+}
+
+/** As `search`, in a whole layer. */
+function searchLayer(layer: Backing, offset: number, data: boolean): number {
+  const size = layer.size();
+  let position = offset;
+  while (position < size) {
+    const found = layer.extentAt(position, Math.min(size - position, SEARCH_BYTES));
     if (found.data === data) return position;
     position += found.length;
   }

@@ -103,6 +103,7 @@ export interface Operation {
 /** A view that someone holds open: it pins what it shows until it is closed. */
 export interface OpenContents extends Disposable {
   readonly contents: Contents;
+  /** Another object after the layers of the disk have changed, see `Disk.onLayers`. */
   readonly shared: SharedContents;
 }
 
@@ -185,6 +186,8 @@ export interface Disk {
 
   openLive(): OpenContents;
   openCheckpoint(checkpoint: Checkpoint): OpenContents;
+  /** The bytes of the qcow2 file that an external checkpoint made. @throws FsError ENOENT for an internal one */
+  openOverlay(checkpoint: Checkpoint): OpenContents;
   /** One of its `stateFiles`. @throws FsError ENOENT if it has none of that name */
   openState(checkpoint: Checkpoint, name: string): OpenContents;
   /** What it remembers. Cheap, but not for listings: may read the image. */
@@ -216,6 +219,11 @@ export interface Disk {
   whenOpen(): Promise<void>;
   /** Called after the live contents, the size or the list of checkpoints changed other than by a write. */
   onChange(listener: (change: 'contents' | 'size' | 'checkpoints') => void): void;
+  /**
+   * Called after other images came to lie under the open views: `shared` of each is to be attached anew, at once.
+   * The listener resolves when no other thread uses what it attached before.
+   */
+  onLayers(listener: () => Promise<void>): void;
   /** Flush, mark clean, release the locks. */
   close(): Promise<void>;
 }

@@ -1,17 +1,16 @@
 /** Opening an image and everything below it: finding the files, locking them, reading their headers. */
-import { existsSync } from 'node:fs';
+import { existsSync, realpathSync } from 'node:fs';
 import { dirname, resolve } from 'node:path';
 import { CorruptImage, FsError } from '../errors.ts';
 import { rebuildRefcounts } from '../qcow2/check.ts';
 import { type Header, readHeader } from '../qcow2/header.ts';
-import type { Backing, Image, SharedImage } from '../qcow2/image.ts';
-import { imageBacking, rawBacking } from '../qcow2/layer.ts';
-import { openImage } from '../qcow2/open-image.ts';
+import { snapshotList } from '../qcow2/open-image.ts';
 import { isMarked, unmark } from '../qcow2/session-mark.ts';
-import { readSnapshotTable, type SnapshotTable } from '../qcow2/snapshot-table.ts';
+import { readSnapshotTable } from '../qcow2/snapshot-table.ts';
+import type { SnapshotList } from '../qcow2/snapshots.ts';
 import { HostFile } from '../storage/host-file.ts';
 import { lockImage } from '../storage/image-lock.ts';
-import type { SharedChain, SharedLayer } from './chain.ts';
+import { Layer, loadImage } from './layer.ts';
 
 /** QEMU and this program go no deeper: a longer chain is a loop, or unusable. */
 const MAX_DEPTH = 200;
@@ -20,40 +19,30 @@ export interface OpenChainOptions {
   readonly readOnly: boolean;
   /** Memory for the caches of each image, in bytes. */
   readonly cacheBytes: number;
+  /** Layers that are open already, by path: a branch shares them with the chain that was opened first. */
+  readonly known?: ReadonlyMap<string, Layer>;
+  /** Layers below the top that a merge may write one day: opened for it, locked as the others. By path without links. */
+  readonly mayWrite?: ReadonlySet<string>;
 }
 
-/** One image of an open chain. */
-export interface Layer {
-  readonly path: string;
-  readonly format: 'qcow2' | 'raw';
-  readonly file: HostFile;
-  readonly virtualSize: number;
-}
-
-export interface OpenChain extends Disposable {
-  readonly image: Image;
-  readonly header: Header;
-  readonly snapshots: SnapshotTable;
-  /** Top first. */
-  readonly layers: readonly Layer[];
-  readonly shared: SharedChain;
+export interface OpenChain {
+  /** The top layer, with all others below it. */
+  readonly top: Layer;
   /** Why the image cannot be written, although that was asked for; undefined if it can, or was not asked for. */
   readonly unwritable: string | undefined;
 }
 
 /**
  * Open `path` for writing, or for reading if that was asked for, or if the image or the file allows no more; what is below it for reading.
+ * Whoever calls disposes of the layers.
  * @throws FsError with nothing left open
  */
 export async function openChain(path: string, options: OpenChainOptions): Promise<OpenChain> {
   const opened: HostFile[] = [];
-  const close = (): void => {
-    for (const file of opened.toReversed()) file[Symbol.dispose]();
-  };
   try {
-    return { ...(await openLayers(path, options, opened)), [Symbol.dispose]: close };
+    return openLayers(path, options, opened);
   } catch (error) {
-    close();
+    for (const file of opened.toReversed()) file[Symbol.dispose]();
     throw error;
   }
 }
@@ -65,11 +54,7 @@ function openFile(path: string, readOnly: boolean, opened: HostFile[]): HostFile
   return file;
 }
 
-async function openLayers(
-  path: string,
-  options: OpenChainOptions,
-  opened: HostFile[],
-): Promise<Omit<OpenChain, typeof Symbol.dispose>> {
+function openLayers(path: string, options: OpenChainOptions, opened: HostFile[]): OpenChain {
   const { file, writable, reason } = openTop(path, options, opened);
   let header = readHeader(file);
   let unwritable = reason;
@@ -89,28 +74,12 @@ async function openLayers(
       unwritable = error.message;
     }
   }
-  const below = openBelow(path, header, opened);
-  const snapshots = readSnapshotTable(file, header);
+  const below = openBelow(path, header, options, opened);
+  const snapshots = snapshotList(header, readSnapshotTable(file, header));
   const data = openDataFile(path, header, canWrite, opened);
-  const backing = backingOf(below, options.cacheBytes);
-  const top = openImage({
-    file,
-    data: data ?? file,
-    backing: backing.backing,
-    header,
-    snapshots,
-    writable: canWrite,
-    cacheBytes: options.cacheBytes,
-  });
-  const shared: SharedLayer = { format: 'qcow2', file: file.share(), data: data?.share(), image: top.shared };
-  return {
-    image: top.image,
-    header,
-    snapshots,
-    layers: [{ path, format: 'qcow2', file, virtualSize: header.size }, ...backing.layers],
-    shared: [shared, ...backing.shared],
-    unwritable,
-  };
+  const { cacheBytes } = options;
+  const image = loadImage({ path, file, data }, header, snapshots, { writable: canWrite, cacheBytes });
+  return { top: new Layer({ path, file, data }, image, below), unwritable };
 }
 
 /** The active image: for writing where possible. */
@@ -125,19 +94,37 @@ function openTop(
       lockImage(file.fd, path, 'write');
       return { file, writable: true, reason: undefined };
     } catch (error) {
-      const cannot = error instanceof FsError && (error.errno === 'EROFS' || error.errno === 'EACCES');
-      if (!cannot) throw error;
+      if (!isForbidden(error)) throw error;
       const file = openLocked(path, opened);
       return { file, writable: false, reason: `${path} may not be written on the host` };
     }
   }
-  return { file: openLocked(path, opened), writable: false, reason: undefined };
+  return { file: openLocked(path, opened, options.mayWrite?.has(path)), writable: false, reason: undefined };
 }
 
-function openLocked(path: string, opened: HostFile[]): HostFile {
-  const file = openFile(path, true, opened);
+/** For reading, locked as a backing file; the descriptor can write where that is wanted and possible. */
+function openLocked(path: string, opened: HostFile[], mayWrite = false): HostFile {
+  let file: HostFile;
+  try {
+    file = openFile(path, !mayWrite, opened);
+  } catch (error) {
+    if (!mayWrite || !isForbidden(error)) throw error;
+    file = openFile(path, true, opened);
+  }
   lockImage(file.fd, path, 'read');
   return file;
+}
+
+const isForbidden = (error: unknown): boolean =>
+  error instanceof FsError && (error.errno === 'EROFS' || error.errno === 'EACCES');
+
+/** Two names of one file are one layer. What is not there keeps its name: opening it will say so. */
+function withoutLinks(path: string): string {
+  try {
+    return realpathSync(path);
+  } catch {
+    return path;
+  }
 }
 
 function openDataFile(path: string, header: Header, writable: boolean, opened: HostFile[]): HostFile | undefined {
@@ -152,21 +139,14 @@ function openDataFile(path: string, header: Header, writable: boolean, opened: H
   return data;
 }
 
-interface OpenedBelow {
-  readonly path: string;
-  readonly file: HostFile;
-  readonly data: HostFile | undefined;
-  /** Undefined for a raw file. */
-  readonly header: Header | undefined;
-}
-
-/** Open all backing files, top down. */
-function openBelow(path: string, top: Header, opened: HostFile[]): OpenedBelow[] {
-  const below: OpenedBelow[] = [];
+/** Open all backing files. @returns the first of them, with the others below it */
+function openBelow(path: string, top: Header, options: OpenChainOptions, opened: HostFile[]): Layer | undefined {
+  const found: { readonly path: string; readonly file: HostFile; readonly header: Header | undefined }[] = [];
   let above = { path, header: top };
-  const seen = new Set([path]);
+  let bottom: Layer | undefined;
+  const seen = new Set([withoutLinks(path)]);
   while (above.header.backingFile !== undefined) {
-    const backingPath = locate(above.path, above.header.backingFile, 'backing file');
+    const backingPath = withoutLinks(locate(above.path, above.header.backingFile, 'backing file'));
     if (seen.has(backingPath)) {
       throw new FsError(
         'EINVAL',
@@ -180,9 +160,11 @@ function openBelow(path: string, top: Header, opened: HostFile[]): OpenedBelow[]
       );
     }
     seen.add(backingPath);
+    bottom = options.known?.get(backingPath);
+    if (bottom !== undefined) break;
     let file: HostFile;
     try {
-      file = openLocked(backingPath, opened);
+      file = openLocked(backingPath, opened, options.mayWrite?.has(backingPath));
     } catch (error) {
       const { errno, message } = error instanceof FsError ? error : { errno: 'EIO' as const, message: String(error) };
       throw new FsError(errno, `${above.path}: its backing file cannot be used: ${message}`, { cause: error });
@@ -195,16 +177,31 @@ function openBelow(path: string, top: Header, opened: HostFile[]): OpenedBelow[]
       );
     }
     const header = format === 'qcow2' ? readHeader(file) : undefined;
-    below.push({
-      path: backingPath,
-      file,
-      data: header === undefined ? undefined : openDataFile(backingPath, header, false, opened),
-      header,
-    });
+    found.push({ path: backingPath, file, header });
     if (header === undefined) break;
     above = { path: backingPath, header };
   }
-  return below;
+  // From the bottom up: each stands on the one before.
+  return found.toReversed().reduce<Layer | undefined>((below, { path: layerPath, file, header }) => {
+    if (header === undefined) return new Layer({ path: layerPath, file }, undefined, below);
+    const data = openDataFile(layerPath, header, false, opened);
+    const { cacheBytes } = options;
+    const image = loadImage({ path: layerPath, file, data }, header, snapshotsBelow(file, header), {
+      writable: false,
+      cacheBytes,
+    });
+    return new Layer({ path: layerPath, file, data }, image, below);
+  }, bottom);
+}
+
+/** A damaged list costs only the snapshots of a layer that is not the live one: its disk is read all the same. */
+function snapshotsBelow(file: HostFile, header: Header): SnapshotList {
+  try {
+    return snapshotList(header, readSnapshotTable(file, header));
+  } catch (error) {
+    if (!(error instanceof CorruptImage)) throw error;
+    return { entries: [], tableOffset: 0, tableBytes: 0 };
+  }
 }
 
 /** Magic of a qcow2 file: for overlays that do not record the format of their backing file. */
@@ -231,36 +228,4 @@ function locateData(imagePath: string, name: string): string {
   const beside = locate(imagePath, name, 'external data file');
   const fromHere = resolve(name);
   return !existsSync(beside) && existsSync(fromHere) ? fromHere : beside;
-}
-
-/** The images below as one `Backing`, made from the bottom up. */
-function backingOf(
-  below: readonly OpenedBelow[],
-  cacheBytes: number,
-): { backing: Backing | undefined; layers: Layer[]; shared: SharedLayer[] } {
-  let backing: Backing | undefined;
-  const layers: Layer[] = [];
-  const shared: SharedLayer[] = [];
-  for (const { path, file, data, header } of below.toReversed()) {
-    if (header === undefined) {
-      backing = rawBacking(file);
-      layers.unshift({ path, format: 'raw', file, virtualSize: file.size() });
-      shared.unshift({ format: 'raw', file: file.share() });
-      continue;
-    }
-    const snapshots: SnapshotTable = { entries: [], bytes: 0 };
-    const opened: { image: Image; shared: SharedImage } = openImage({
-      file,
-      data: data ?? file,
-      backing,
-      header,
-      snapshots,
-      writable: false,
-      cacheBytes,
-    });
-    backing = imageBacking(opened.image);
-    layers.unshift({ path, format: 'qcow2', file, virtualSize: header.size });
-    shared.unshift({ format: 'qcow2', file: file.share(), data: data?.share(), image: opened.shared });
-  }
-  return { backing, layers, shared };
 }

@@ -1,9 +1,8 @@
 import type { Disk } from './disk.ts';
-import { openChain } from './open-chain.ts';
+import { LayerTree, type TreeOptions } from './layer-tree.ts';
 import { OpenedDisk } from './opened-disk.ts';
 
-export interface OpenDiskOptions {
-  readonly readOnly: boolean;
+export interface OpenDiskOptions extends Omit<TreeOptions, 'cacheBytes'> {
   /** Memory for the caches of each image, in bytes. */
   readonly cacheBytes?: number;
 }
@@ -12,13 +11,9 @@ export interface OpenDiskOptions {
 export const DEFAULT_CACHE_BYTES = 32 * 2 ** 20;
 
 /**
- * Open the disk of a qcow2 image, with its whole chain, and lock the files.
+ * Open the disk that an image belongs to, with its whole chain and its overlays, and lock the files.
  * @throws FsError EBUSY if another process has it; ENOENT, EINVAL, ENOTSUP, EIO with a sentence
  */
 export async function openDisk(imagePath: string, options: OpenDiskOptions): Promise<Disk> {
-  const chain = await openChain(imagePath, {
-    readOnly: options.readOnly,
-    cacheBytes: options.cacheBytes ?? DEFAULT_CACHE_BYTES,
-  });
-  return new OpenedDisk(imagePath, chain, options.readOnly);
+  return new OpenedDisk(await LayerTree.open(imagePath, { cacheBytes: DEFAULT_CACHE_BYTES, ...options }));
 }

@@ -1,14 +1,13 @@
 /** A disk whose image this process serves: the checkpoints, their views, and the order of what is done to them. */
 import { statSync } from 'node:fs';
-import { basename } from 'node:path';
 import { FsError } from '../errors.ts';
 import type { GuestIdentity } from '../guest/guest.ts';
 import { compactImage } from '../qcow2/compact/compact.ts';
 import { dataClusters } from '../qcow2/data-clusters.ts';
 import { closeGate, gateOpen, openGate } from '../qcow2/gate.ts';
-import { compatible, incompatible } from '../qcow2/header.ts';
-import { number } from '../qcow2/image.ts';
-import { closeImage, snapshotList } from '../qcow2/open-image.ts';
+import { compatible, type Header, incompatible } from '../qcow2/header.ts';
+import { type Image, number } from '../qcow2/image.ts';
+import { closeImage } from '../qcow2/open-image.ts';
 import { growDisk, shrinkDisk } from '../qcow2/resize.ts';
 import { applicationData, type SnapshotEntry } from '../qcow2/snapshot-table.ts';
 import {
@@ -20,11 +19,8 @@ import {
   vmStateOffset,
 } from '../qcow2/snapshots.ts';
 import { freezeSnapshot } from '../qcow2/take-snapshot.ts';
-import type { SharedStateArea } from '../qcow2/vm-state.ts';
-import type { SharedView } from './attach-contents.ts';
 import { shownNames, validateNewName } from './checkpoint-name.ts';
 import { type CheckpointRecord, decodeGuest, decodeRecord } from './checkpoint-record.ts';
-import { LiveContents, SnapshotContents } from './contents.ts';
 import type {
   Checkpoint,
   CheckpointDetails,
@@ -39,58 +35,77 @@ import type {
   PendingCheckpoint,
   TakeOptions,
 } from './disk.ts';
-import type { OpenChain } from './open-chain.ts';
+import type { Layer, LayerImage } from './layer.ts';
+import type { LayerTree } from './layer-tree.ts';
+import { diskNameOf } from './overlay-files.ts';
+import { Overlays } from './overlays.ts';
+import type { PendingOverlay } from './pending-overlay.ts';
 import { PendingSnapshot } from './pending-snapshot.ts';
 import { detailsText, memoryOffset } from './state-archive.ts';
+import { nextViewId, Views } from './views.ts';
 
 /** Disk sizes are whole sectors, as QEMU wants them too. */
 const SECTOR_BYTES = 512;
 
 type Change = 'contents' | 'size' | 'checkpoints';
 
-let lastId = 0;
-const nextId = (): number => ++lastId;
-
 export class OpenedDisk implements Disk {
   readonly name: string;
   readonly imagePath: string;
   readonly readOnly: string | undefined;
-  readonly #chain: OpenChain;
-  readonly #chainId = nextId();
-  readonly #list: SnapshotList;
-  readonly #live: LiveContents;
+  readonly #tree: LayerTree;
+  readonly #views = new Views();
+  readonly #live: OpenContents;
+  readonly #overlays: Overlays;
   readonly #listeners: ((change: Change) => void)[] = [];
-  #checkpoints: readonly Checkpoint[] = [];
+  readonly #layerListeners: (() => Promise<void>)[] = [];
+  #snapshots: readonly Checkpoint[] = [];
   readonly #entries = new Map<Checkpoint, SnapshotEntry>();
+  /** Which image each snapshot is in. */
+  readonly #holders = new Map<SnapshotEntry, Layer>();
   /** Open views of each snapshot. */
   readonly #pins = new Map<SnapshotEntry, number>();
   /** Allocated bytes of checkpoints that were taken in this session; of others only a bound is known. */
-  readonly #allocated = new Map<string, number>();
+  readonly #allocated = new Map<SnapshotEntry, number>();
   #operation: Operation | undefined;
-  #pending: PendingSnapshot | undefined;
+  #pending: PendingSnapshot | PendingOverlay | undefined;
   /** The last of the operations under way, which run one after another; never rejects. */
   #queue: Promise<unknown> = Promise.resolve();
   /** Operations that have been asked for and not begun. */
   #waiting = 0;
   #closed = false;
 
-  constructor(imagePath: string, chain: OpenChain, readOnlyAsked: boolean) {
-    this.imagePath = imagePath;
-    this.name = basename(imagePath).replace(/\.qcow2$/, '');
-    this.#chain = chain;
-    this.readOnly = readOnlyAsked ? 'it was opened for reading only' : chain.unwritable;
-    this.#list = snapshotList(chain.header, chain.snapshots);
-    this.#live = new LiveContents(chain.image);
+  constructor(tree: LayerTree) {
+    this.imagePath = tree.bottom.path;
+    this.name = diskNameOf(this.imagePath);
+    this.#tree = tree;
+    this.readOnly = tree.options.readOnly ? 'it was opened for reading only' : tree.unwritable;
+    this.#live = this.#views.live(() => tree.active);
+    this.#overlays = new Overlays({ tree, views: this.#views, relinked: () => this.#relinked() });
     this.#relist();
-    chain.image.numbers[number.DATA_CLUSTERS] = dataClusters(chain.image);
+    this.#image.numbers[number.DATA_CLUSTERS] = dataClusters(this.#image);
+  }
+
+  /** The image that is written: another one after an overlay was made or merged. */
+  get #image(): Image {
+    return this.#tree.active.image;
+  }
+
+  /** The snapshots of the image that is written. */
+  get #list(): SnapshotList {
+    const { qcow2 } = this.#tree.active;
+    if (qcow2 === undefined) throw new Error('the live image is qcow2');
+    return qcow2.snapshots;
   }
 
   modifiedMs(): number {
-    return statSync(this.imagePath).mtimeMs;
+    return statSync(this.#tree.active.path).mtimeMs;
   }
 
   info(): DiskInfo {
-    const { header, layers } = this.#chain;
+    const { active } = this.#tree;
+    const layers = active.chain;
+    const { header } = active.qcow2 as LayerImage;
     return {
       name: this.name,
       image: this.imagePath,
@@ -100,7 +115,7 @@ export class OpenedDisk implements Disk {
         version: header.version,
         clusterSize: header.clusterBytes,
         refcountBits: header.refcountBits,
-        features: features(this.#chain),
+        features: features(header),
       },
       chain: layers.map((layer, index) => ({
         file: layer.path,
@@ -111,15 +126,19 @@ export class OpenedDisk implements Disk {
   }
 
   virtualSize(): number {
-    return this.#live.size();
+    return this.#live.contents.size();
   }
 
   allocatedBytes(checkpoint?: Checkpoint): number {
     if (checkpoint !== undefined) {
-      const known = this.#allocated.get(checkpoint.id);
-      return known ?? this.#bound(checkpoint.virtualSize);
+      if (checkpoint.kind === 'external') {
+        return bound(this.#overlays.allocatedBytes(checkpoint), checkpoint.virtualSize);
+      }
+      const entry = this.#entryOf(checkpoint);
+      return this.#allocated.get(entry) ?? this.#bound(checkpoint.virtualSize);
     }
-    const { image, layers } = this.#chain;
+    const image = this.#image;
+    const layers = this.#tree.active.chain;
     const clusters = image.numbers[number.DATA_CLUSTERS] as number;
     if (clusters < 0) return this.#bound(this.virtualSize());
     const below = layers.slice(1).reduce((sum, layer) => sum + layer.file.allocatedBytes(), 0);
@@ -127,30 +146,38 @@ export class OpenedDisk implements Disk {
   }
 
   checkpoints(): readonly Checkpoint[] {
-    return this.#checkpoints;
+    return [...this.#snapshots, ...this.#overlays.checkpoints];
   }
 
   openLive(): OpenContents {
-    return { contents: this.#live, shared: this.#share(undefined), [Symbol.dispose]: () => {} };
+    return this.#views.live(() => this.#tree.active);
   }
 
   openCheckpoint(checkpoint: Checkpoint): OpenContents {
+    if (checkpoint.kind === 'external') return this.#overlays.open(checkpoint);
     return this.#openSnapshot(checkpoint, (entry) => ({ base: 0, size: entry.virtualSize }));
   }
 
+  openOverlay(checkpoint: Checkpoint): OpenContents {
+    if (checkpoint.kind === 'external') return this.#overlays.openOverlay(checkpoint);
+    throw new FsError('ENOENT', `checkpoint '${checkpoint.name}' is inside of an image, it has no overlay`);
+  }
+
   openState(checkpoint: Checkpoint, name: string): OpenContents {
+    if (checkpoint.kind === 'external') return this.#overlays.openState(checkpoint, name);
     const file = this.#recordOf(checkpoint).files.find((other) => other.name === name);
     if (file === undefined) throw new FsError('ENOENT', `checkpoint '${checkpoint.name}' has no file '${name}'`);
     return this.#openArchive(checkpoint, file.offset, file.bytes);
   }
 
   details(checkpoint: Checkpoint): CheckpointDetails {
+    if (checkpoint.kind === 'external') return this.#overlays.details(checkpoint);
     const { consistency, guest, guestInArchive } = this.#recordOf(checkpoint);
     return { consistency, guest: guestInArchive ? this.#archivedGuest(checkpoint) : guest };
   }
 
   #archivedGuest(checkpoint: Checkpoint): GuestIdentity | undefined {
-    const bytes = memoryOffset(this.#chain.header.clusterBytes);
+    const bytes = memoryOffset(this.#holderOf(checkpoint).image.geometry.clusterBytes);
     if (checkpoint.vmStateSize < bytes) return undefined;
     using open = this.#openArchive(checkpoint, 0, bytes);
     const front = new Uint8Array(bytes);
@@ -160,15 +187,18 @@ export class OpenedDisk implements Disk {
   }
 
   #openArchive(checkpoint: Checkpoint, offset: number, bytes: number): OpenContents {
-    return this.#openSnapshot(checkpoint, (entry) => ({
-      base: vmStateOffset(this.#chain.image, entry) + offset,
-      size: bytes,
-    }));
+    const { image } = this.#holderOf(checkpoint);
+    return this.#openSnapshot(checkpoint, (entry) => ({ base: vmStateOffset(image, entry) + offset, size: bytes }));
   }
 
   #recordOf(checkpoint: Checkpoint): CheckpointRecord {
     const entry = this.#entryOf(checkpoint);
     return decodeRecord(applicationData(entry), entry.vmStateSize);
+  }
+
+  /** The layer that an internal checkpoint is in. */
+  #holderOf(checkpoint: Checkpoint): Layer {
+    return this.#holders.get(this.#entryOf(checkpoint)) as Layer;
   }
 
   async takeCheckpoint(name: string, options: TakeOptions = {}): Promise<Checkpoint> {
@@ -180,15 +210,7 @@ export class OpenedDisk implements Disk {
     return new Promise((resolve, reject) => {
       this.#exclusive(`checkpoint ${name}`, async (progress) => {
         this.#checkWritable();
-        validateNewName(name);
-        this.#checkFree(name);
-        if (kind === 'external') {
-          throw new FsError(
-            'ENOTSUP',
-            `${this.imagePath}: overlays are not supported yet; take an internal checkpoint`,
-          );
-        }
-        const pending = await this.#freezeInternal(name, progress);
+        const pending = await (kind === 'external' ? this.#freezeExternal(name) : this.#freezeInternal(name, progress));
         this.#pending = pending;
         resolve(pending);
         // Other operations wait for its end.
@@ -198,33 +220,45 @@ export class OpenedDisk implements Disk {
     });
   }
 
+  async #freezeExternal(name: string): Promise<PendingOverlay> {
+    const pending = await this.#overlays.freeze(name, () => {
+      this.#relist();
+      this.#tell('checkpoints');
+    });
+    return pending;
+  }
+
   async #freezeInternal(name: string, progress: (fraction: number) => void): Promise<PendingSnapshot> {
-    const { image } = this.#chain;
-    const frozen = await freezeSnapshot(image, this.#list, Date.now(), progress);
+    validateNewName(name);
+    this.#checkFree(name);
+    const image = this.#image;
+    const list = this.#list;
+    const frozen = await freezeSnapshot(image, list, Date.now(), progress);
     const allocated = (image.numbers[number.DATA_CLUSTERS] as number) < 0 ? undefined : this.allocatedBytes();
     return new PendingSnapshot(frozen, {
       image,
-      list: this.#list,
+      list,
       name,
       progress,
-      share: (area) => this.#share(undefined, area),
+      share: (area) => ({ id: nextViewId(), kind: 'vm-state', chain: this.#tree.active.shared, area }),
       published: (entry) => {
-        if (allocated !== undefined) this.#allocated.set(entry.id, allocated);
+        if (allocated !== undefined) this.#allocated.set(entry, allocated);
         this.#relist();
         this.#tell('checkpoints');
-        return this.#checkpoints.find((checkpoint) => this.#entries.get(checkpoint) === entry) as Checkpoint;
+        return this.#snapshots.find((checkpoint) => this.#entries.get(checkpoint) === entry) as Checkpoint;
       },
     });
   }
 
   async holdWrites(): Promise<AsyncDisposable> {
-    const { image } = this.#chain;
+    const image = this.#image;
     if (!image.geometry.writable) return { [Symbol.asyncDispose]: async () => {} };
     closeGate(image);
     let held = true;
     return {
       [Symbol.asyncDispose]: async () => {
-        if (held) openGate(image);
+        // The disk may have gone on in another image meanwhile: that one is held now.
+        if (held) openGate(this.#image);
         held = false;
       },
     };
@@ -233,7 +267,7 @@ export class OpenedDisk implements Disk {
   async deleteCheckpoint(checkpoint: Checkpoint, _options: DeleteOptions = {}): Promise<void> {
     return this.#exclusive(`del-checkpoint ${checkpoint.name}`, async (progress) => {
       this.#checkWritable();
-      const entry = this.#entryOf(checkpoint);
+      const entry = this.#changeable(checkpoint);
       if ((this.#pins.get(entry) ?? 0) > 0) {
         throw new FsError(
           'EBUSY',
@@ -241,30 +275,30 @@ export class OpenedDisk implements Disk {
         );
       }
       try {
-        await deleteSnapshot(this.#chain.image, this.#list, entry, progress);
+        await deleteSnapshot(this.#image, this.#list, entry, progress);
       } finally {
         // Once the header is switched the checkpoint is gone, whatever went wrong behind that.
         this.#relist();
         this.#tell('checkpoints');
       }
-      this.#allocated.delete(entry.id);
+      this.#allocated.delete(entry);
     });
   }
 
   async renameCheckpoint(checkpoint: Checkpoint, newName: string): Promise<Checkpoint> {
     return this.#exclusive(`rename ${checkpoint.name}`, async () => {
       this.#checkWritable();
-      const entry = this.#entryOf(checkpoint);
+      const entry = this.#changeable(checkpoint);
       validateNewName(newName);
       if (newName === checkpoint.name && newName === checkpoint.realName) return checkpoint;
       this.#checkFree(newName, checkpoint);
-      const renamed = await renameSnapshot(this.#chain.image, this.#list, entry, newName);
+      const renamed = await renameSnapshot(this.#image, this.#list, entry, newName);
       const pins = this.#pins.get(entry);
       this.#pins.delete(entry);
       if (pins !== undefined) this.#pins.set(renamed, pins);
       this.#relist();
       this.#tell('checkpoints');
-      return this.#checkpoints.find((other) => this.#entries.get(other) === renamed) as Checkpoint;
+      return this.#snapshots.find((other) => this.#entries.get(other) === renamed) as Checkpoint;
     });
   }
 
@@ -272,7 +306,7 @@ export class OpenedDisk implements Disk {
     return this.#exclusive(`rollback ${checkpoint.name}`, async (progress) => {
       this.#checkWritable();
       const sizeBefore = this.virtualSize();
-      await applySnapshot(this.#chain.image, this.#entryOf(checkpoint), progress);
+      await applySnapshot(this.#image, this.#changeable(checkpoint), progress);
       this.#tell('contents');
       if (this.virtualSize() !== sizeBefore) this.#tell('size');
     });
@@ -287,9 +321,9 @@ export class OpenedDisk implements Disk {
         throw new FsError('EINVAL', `${bytes} bytes are no size for a disk; it must be a multiple of ${SECTOR_BYTES}`);
       }
       if (bytes > size) {
-        await growDisk(this.#chain.image, bytes);
+        await growDisk(this.#image, bytes);
       } else if (options.shrink) {
-        await shrinkDisk(this.#chain.image, bytes);
+        await shrinkDisk(this.#image, bytes);
       } else {
         throw new FsError(
           'EPERM',
@@ -302,10 +336,13 @@ export class OpenedDisk implements Disk {
 
   async compact({ progress, signal }: CompactOptions = {}): Promise<CompactReport> {
     this.#checkWritable();
-    const { image } = this.#chain;
+    const image = this.#image;
     const bytesBefore = image.file.size();
     for (;;) {
-      const { finished } = await this.#exclusive('compact', (shown) => {
+      const { finished } = await this.#exclusive('compact', async (shown) => {
+        if (image !== this.#image) {
+          throw new FsError('EBUSY', `${this.name} has gone on in another image meanwhile; compact it again`);
+        }
         return compactImage(image, this.#list, {
           progress: (fraction) => {
             shown(fraction);
@@ -330,11 +367,18 @@ export class OpenedDisk implements Disk {
   }
 
   async whenOpen(): Promise<void> {
-    await gateOpen(this.#chain.image);
+    for (let image = this.#image; ; image = this.#image) {
+      await gateOpen(image);
+      if (image === this.#image) return;
+    }
   }
 
   onChange(listener: (change: Change) => void): void {
     this.#listeners.push(listener);
+  }
+
+  onLayers(listener: () => Promise<void>): void {
+    this.#layerListeners.push(listener);
   }
 
   async close(): Promise<void> {
@@ -343,9 +387,9 @@ export class OpenedDisk implements Disk {
     if (this.#closed) return;
     this.#closed = true;
     try {
-      closeImage(this.#chain.image);
+      closeImage(this.#image);
     } finally {
-      this.#chain[Symbol.dispose]();
+      this.#tree[Symbol.dispose]();
     }
   }
 
@@ -374,9 +418,7 @@ export class OpenedDisk implements Disk {
   }
 
   #checkFree(name: string, except?: Checkpoint): void {
-    const taken = this.#checkpoints.some(
-      (other) => other !== except && (other.name === name || other.realName === name),
-    );
+    const taken = this.#snapshots.some((other) => other !== except && (other.name === name || other.realName === name));
     if (taken) throw new FsError('EEXIST', `'${this.name}' has a checkpoint '${name}' already; choose another name`);
   }
 
@@ -386,68 +428,72 @@ export class OpenedDisk implements Disk {
     return entry;
   }
 
-  /** Make the list of checkpoints follow the snapshot table, with the same objects for what did not change. */
+  /** For changes. @throws FsError ENOTSUP for a snapshot in a layer that is not written any more */
+  #changeable(checkpoint: Checkpoint): SnapshotEntry {
+    const entry = this.#entryOf(checkpoint);
+    if (this.#holders.get(entry) === this.#tree.active) return entry;
+    throw new FsError(
+      'ENOTSUP',
+      `checkpoint '${checkpoint.name}' is kept in ${checkpoint.layer}, which is frozen under overlays: it can be read, but not changed or rolled back to before the overlays above are merged`,
+    );
+  }
+
+  /** Make the lists of checkpoints follow the images, with the same objects for what did not change. */
   #relist(): void {
-    const entries = this.#list.entries;
-    const names = shownNames(entries.map((entry) => ({ id: entry.id, name: entry.name, nameBytes: entry.nameRaw })));
+    const held = this.#tree.active.chain
+      .toReversed()
+      .flatMap((layer) => (layer.qcow2?.snapshots.entries ?? []).map((entry) => ({ layer, entry })));
+    const names = shownNames(held.map(({ entry }) => ({ id: entry.id, name: entry.name, nameBytes: entry.nameRaw })));
     const known = new Map([...this.#entries].map(([checkpoint, entry]) => [entry, checkpoint]));
     this.#entries.clear();
-    this.#checkpoints = entries.map((entry, index) => {
+    this.#holders.clear();
+    this.#snapshots = held.map(({ layer, entry }, index) => {
       const name = names[index] as string;
       const old = known.get(entry);
-      const checkpoint = old?.name === name ? old : checkpointOf(entry, name, basename(this.imagePath));
+      const same = old?.name === name && old.layer === layer.name;
+      const checkpoint = same ? old : checkpointOf(entry, name, layer.name);
       this.#entries.set(checkpoint, entry);
+      this.#holders.set(entry, layer);
       return checkpoint;
     });
   }
 
-  /**
-   * What a mapping that was not counted occupies at most: what the files do. One sector less than the whole, so that
-   * programs that compare it with the size ask for the holes.
-   */
   #bound(size: number): number {
-    const files = this.#chain.layers.reduce((sum, layer) => sum + layer.file.allocatedBytes(), 0);
-    return Math.max(0, Math.min(files, size - SECTOR_BYTES));
+    return bound(
+      this.#tree.active.chain.reduce((sum, layer) => sum + layer.file.allocatedBytes(), 0),
+      size,
+    );
   }
 
   #openSnapshot(checkpoint: Checkpoint, part: (entry: SnapshotEntry) => { base: number; size: number }): OpenContents {
     const entry = this.#entryOf(checkpoint);
-    const { image } = this.#chain;
-    const l1 = readSnapshotL1(image, entry);
-    const { base, size } = part(entry);
+    const layer = this.#holderOf(checkpoint);
+    const l1 = readSnapshotL1(layer.image, entry);
     const pins = this.#pins;
     pins.set(entry, (pins.get(entry) ?? 0) + 1);
-    let open = true;
-    return {
-      contents: new SnapshotContents(image, l1, base, size),
-      shared: this.#share({
-        l1: l1.view.buffer as SharedArrayBuffer,
-        l1Entries: l1.entries,
-        diskBytes: entry.virtualSize,
-        base,
-        size,
-      }),
-      [Symbol.dispose]: () => {
-        if (!open) return;
-        open = false;
-        // The entry may have been replaced by a renamed one meanwhile.
-        const now = pins.has(entry)
-          ? entry
-          : [...pins.keys()].find((other) => other.l1TableOffset === entry.l1TableOffset);
-        if (now !== undefined) pins.set(now, (pins.get(now) ?? 1) - 1);
-      },
-    };
+    return this.#views.snapshot(layer, { l1, ...part(entry) }, () => {
+      // The entry may have been replaced by a renamed one meanwhile.
+      const now = pins.has(entry)
+        ? entry
+        : [...pins.keys()].find((other) => other.l1TableOffset === entry.l1TableOffset);
+      if (now !== undefined) pins.set(now, (pins.get(now) ?? 1) - 1);
+    });
   }
 
-  #share(snapshot: SharedView['snapshot'], state?: SharedStateArea): SharedView {
-    const view = { id: nextId(), chainId: this.#chainId, chain: this.#chain.shared, snapshot };
-    return state === undefined ? view : { ...view, state };
+  async #relinked(): Promise<void> {
+    await Promise.all(this.#layerListeners.map((listener) => listener()));
   }
 
   #tell(change: Change): void {
     for (const listener of this.#listeners) listener(change);
   }
 }
+
+/**
+ * What a mapping that was not counted occupies at most: what the files do. One sector less than the whole, so that
+ * programs that compare it with the size ask for the holes.
+ */
+const bound = (fileBytes: number, size: number): number => Math.max(0, Math.min(fileBytes, size - SECTOR_BYTES));
 
 function checkpointOf(entry: SnapshotEntry, name: string, layer: string): Checkpoint {
   const record = decodeRecord(applicationData(entry), entry.vmStateSize);
@@ -467,7 +513,7 @@ function checkpointOf(entry: SnapshotEntry, name: string, layer: string): Checkp
 }
 
 /** Names of what is unusual about the image, as info.json shows them. */
-function features({ header }: OpenChain): string[] {
+function features(header: Header): string[] {
   const names: [boolean, string][] = [
     [(header.compatible & compatible.LAZY_REFCOUNTS) !== 0n, 'lazy-refcounts'],
     [(header.incompatible & incompatible.EXTENDED_L2) !== 0n, 'extended-l2'],

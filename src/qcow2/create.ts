@@ -46,6 +46,8 @@ export interface FormatOptions {
   readonly backing?: { readonly file: string; readonly format: 'qcow2' | 'raw' };
   /** `raw`: the data file is the plain disk as well; every cluster is mapped then. */
   readonly dataFile?: { readonly file: string; readonly raw?: boolean };
+  /** Header extensions besides those that follow from the other options. */
+  readonly extensions?: readonly HeaderExtension[];
   /** `metadata`: every cluster has its place from the start. */
   readonly preallocation?: 'off' | 'metadata';
 }
@@ -237,7 +239,7 @@ function checkOptions(options: FormatOptions): number {
  */
 export function formatImage(storage: Storage, options: FormatOptions): void {
   const plan = planImage(options);
-  const header = newHeaderCluster(plan);
+  const header = newHeaderCluster({ ...plan, extensions: options.extensions ?? [] });
   const { clusterBytes } = plan;
 
   storage.truncate(plan.total * clusterBytes);

@@ -15,6 +15,10 @@ export const extensionType = {
   DATA_FILE: 0x4441_5441,
   /** 'vdsk': this program's own, see session-mark.ts. */
   SESSION: 0x7664_736b,
+  /** 'vdso': this program's own, see overlay-mark.ts. */
+  OVERLAY: 0x7664_736f,
+  /** 'vdsa': this program's own, see overlay-mark.ts. */
+  OVERLAYS_ELSEWHERE: 0x7664_7361,
 } as const;
 
 /** One extension as it stands in the file; `data` without the padding. */

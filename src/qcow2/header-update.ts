@@ -3,7 +3,8 @@
  * header has all of it or nothing. The caller places the barriers.
  */
 import type { Storage } from '../storage/storage.ts';
-import { headerAt } from './header.ts';
+import { decodeHeader, encodeHeaderCluster, type Header, headerAt, readHeader } from './header.ts';
+import { encodeExtensions, extensionsBytes, extensionType, type HeaderExtension } from './header-extensions.ts';
 
 function put(storage: Storage, at: number, bytes: number, fill: (view: DataView) => void): void {
   const target = new Uint8Array(bytes);
@@ -32,4 +33,74 @@ export function writeDisk(storage: Storage, virtualSize: number, l1Entries: numb
     view.setUint32(12, l1Entries);
     view.setBigUint64(16, BigInt(l1TableOffset));
   });
+}
+
+/** What an image stands on: `file` as it is to be recorded, relative to the image's folder. Undefined: nothing. */
+export type RecordedBacking = { readonly file: string; readonly format: 'qcow2' | 'raw' } | undefined;
+
+/**
+ * Let an image stand on another backing file. The new name goes where the old one is not, durably, before one write
+ * inside the first sector switches to it. Durable when it returns. Nobody else may write the header meanwhile.
+ * @throws FsError EINVAL if the name is longer than 1023 bytes, or the first cluster has no room for it
+ */
+export function writeBacking(storage: Storage, backing: RecordedBacking): void {
+  const header = readHeader(storage);
+  const changes = { backingFile: backing?.file, backingFormat: backing?.format };
+  const { extensions } = decodedAgain(encodeHeaderCluster(header, changes), storage);
+  const name = new TextEncoder().encode(backing?.file ?? '');
+  const areaEnd = header.headerLength + extensionsBytes(header.extensions);
+  const head = new Uint8Array(Math.min(SECTOR_BYTES, header.clusterBytes));
+  storage.read(head, 0, head.length, 0);
+  const view = new DataView(head.buffer);
+  const oldAt = Number(view.getBigUint64(headerAt.backingFileOffset));
+  const oldEnd = oldAt + view.getUint32(headerAt.backingFileBytes);
+  const at = [areaEnd, areaEnd + NAME_ROOM].find(
+    (start) => start + name.length <= header.clusterBytes && (start >= oldEnd || start + name.length <= oldAt),
+  );
+  const format = encodedAt(header.headerLength, extensions, extensionType.BACKING_FORMAT);
+  const sameLayout = extensionsBytes(extensions) === extensionsBytes(header.extensions);
+  const formatFits = format === undefined || format.at + format.bytes.length <= head.length;
+  if (backing !== undefined && at !== undefined && sameLayout && formatFits) {
+    storage.write(name, 0, name.length, at);
+    storage.flush();
+    view.setBigUint64(headerAt.backingFileOffset, BigInt(at));
+    view.setUint32(headerAt.backingFileBytes, name.length);
+    if (format !== undefined) head.set(format.bytes, format.at);
+    const end = format === undefined ? headerAt.clusterBits : format.at + format.bytes.length;
+    storage.write(head, headerAt.backingFileOffset, end - headerAt.backingFileOffset, headerAt.backingFileOffset);
+  } else if (backing === undefined) {
+    // The format stays behind: without a name it says nothing.
+    head.fill(0, headerAt.backingFileOffset, headerAt.clusterBits);
+    storage.write(
+      head,
+      headerAt.backingFileOffset,
+      headerAt.clusterBits - headerAt.backingFileOffset,
+      headerAt.backingFileOffset,
+    );
+  } else {
+    const cluster = encodeHeaderCluster(header, changes);
+    storage.write(cluster, 0, cluster.length, 0);
+  }
+  storage.flush();
+}
+
+const SECTOR_BYTES = 512;
+/** Two names of the greatest length find place behind each other. */
+const NAME_ROOM = 1024;
+
+const decodedAgain = (cluster: Uint8Array, storage: Storage): Header => decodeHeader(cluster, storage.size());
+
+/** One extension as it stands in the file, and where. */
+function encodedAt(
+  start: number,
+  extensions: readonly HeaderExtension[],
+  type: number,
+): { readonly at: number; readonly bytes: Uint8Array } | undefined {
+  let at = start;
+  for (const extension of extensions) {
+    const bytes = encodeExtensions([extension]).subarray(0, extensionsBytes([extension]) - extensionsBytes([]));
+    if (extension.type === type) return { at, bytes };
+    at += bytes.length;
+  }
+  return undefined;
 }

@@ -193,7 +193,8 @@ export class Image {
   readonly file: Storage;
   /** Where guest data is: `file`, or the external data file. */
   readonly data: Storage;
-  readonly backing: Backing | undefined;
+  /** Set anew when a merge puts another image below this one. */
+  backing: Backing | undefined;
   /** This thread's slot in ACTIVE and the in-flight table. */
   readonly thread: number;
   readonly extent: Extent = { kind: kind.UNALLOCATED, host: 0, length: 0, high: 0, low: 0 };
@@ -209,7 +210,13 @@ export class Image {
   /** Room for one cluster and more, for copy on write; made when first needed. */
   #scratch: Uint8Array | undefined;
 
-  private constructor(shared: SharedImage, file: Storage, data: Storage, backing: Backing | undefined) {
+  private constructor(
+    shared: SharedImage,
+    file: Storage,
+    data: Storage,
+    backing: Backing | undefined,
+    thread: number | undefined,
+  ) {
     const { geometry, memory, sizes } = shared;
     const at = layout(geometry, sizes);
     this.geometry = geometry;
@@ -247,7 +254,7 @@ export class Image {
     this.file = file;
     this.data = data;
     this.backing = backing;
-    this.thread = Atomics.add(this.words, word.THREADS, 1);
+    this.thread = thread ?? Atomics.add(this.words, word.THREADS, 1);
     if (this.thread >= MAX_THREADS) throw new Error(`more than ${MAX_THREADS} threads on ${file.path}`);
   }
 
@@ -256,9 +263,18 @@ export class Image {
     return { geometry, sizes, memory: new SharedArrayBuffer(layout(geometry, sizes).bytes) };
   }
 
-  /** This thread's object over the shared memory. The storages must be open on the same files. */
-  static attach(shared: SharedImage, file: Storage, data: Storage, backing: Backing | undefined): Image {
-    return new Image(shared, file, data, backing);
+  /**
+   * This thread's object over the shared memory. The storages must be open on the same files.
+   * @param thread the slot of an earlier object of this thread over the same memory, which is used no more
+   */
+  static attach(
+    shared: SharedImage,
+    file: Storage,
+    data: Storage,
+    backing: Backing | undefined,
+    thread?: number,
+  ): Image {
+    return new Image(shared, file, data, backing, thread);
   }
 
   get scratch(): Uint8Array {

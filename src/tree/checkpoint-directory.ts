@@ -1,7 +1,9 @@
-/** snapshots/NAME: what the disk held when the checkpoint was taken. */
+/** snapshots/NAME and overlays/NAME: what the disk held when the checkpoint was taken. */
+import { statSync } from 'node:fs';
 import type { Checkpoint } from '../disk/disk.ts';
 import { FsError } from '../errors.ts';
 import type { Attributes, DirectoryEntry, Node } from '../fuse/filesystem.ts';
+import { folderOf } from './checkpoint-kind.ts';
 import type { SharedOpening } from './data-threads.ts';
 import { ImageFile } from './image-file.ts';
 import { checkpointInfoText } from './info-json.ts';
@@ -26,7 +28,7 @@ export class CheckpointDirectory extends Directory {
   #entries: ReadonlyMap<string, Node> | undefined;
 
   constructor(mounted: MountedDisk, inodes: InodeNumbers, parentIno: number, checkpoint: Checkpoint) {
-    const path = () => `${mounted.disk.name}/snapshots/${this.#checkpoint.name}`;
+    const path = () => `${mounted.disk.name}/${folderOf[checkpoint.kind]}/${this.#checkpoint.name}`;
     super({ ino: inodes.next(), path, report: (error) => mounted.report(error) }, parentIno);
     this.#mounted = mounted;
     this.#inodes = inodes;
@@ -65,13 +67,13 @@ export class CheckpointDirectory extends Directory {
 
   /** @throws FsError ENOENT after it was deleted */
   #look(): ReadonlyMap<string, Node> {
-    const { virtualSize, stateFiles } = this.checkpoint;
+    const { kind, virtualSize, stateFiles } = this.checkpoint;
     if (this.#entries !== undefined) return this.#entries;
     const mounted = this.#mounted;
     const inodes = this.#inodes;
     const checkpoint = () => this.checkpoint;
     const timeMs = () => this.#checkpoint.createdMs;
-    const label = (file: string) => () => `snapshots/${this.#checkpoint.name}/${file}`;
+    const label = (file: string) => () => `${folderOf[kind]}/${this.#checkpoint.name}/${file}`;
     const allocatedBytes = () => mounted.disk.allocatedBytes(this.checkpoint);
     const opening = mounted.opening(() => mounted.disk.openCheckpoint(this.checkpoint));
     const shared = { mounted, opening, timeMs, checkpoint, kind: 'checkpoint' } as const;
@@ -116,6 +118,21 @@ export class CheckpointDirectory extends Directory {
       ['partitions', partitions],
       ['info.json', info],
     ]);
+    if (kind === 'external') {
+      const hostBytes = () => statSync(this.checkpoint.id).size;
+      const overlay = new ImageFile({
+        ...shared,
+        ino: inodes.next(),
+        label: label('overlay.qcow2'),
+        opening: mounted.opening(() => mounted.disk.openOverlay(this.checkpoint)),
+        base: 0,
+        length: Number.POSITIVE_INFINITY,
+        size: hostBytes,
+        allocatedBytes: () => statSync(this.checkpoint.id).blocks * 512,
+        changing: true,
+      });
+      entries.set('overlay.qcow2', overlay);
+    }
     for (const { name, bytes } of stateFiles) {
       const file = new ImageFile({
         ...shared,

@@ -15,6 +15,7 @@ interface Command {
 
 const NO_MEMORY = '--no-memory';
 const SHRINK = '--shrink';
+const DISCARD = '--discard';
 
 const commands: readonly Command[] = [
   { name: 'help', usage: '', help: 'this list', run: async () => helpText() },
@@ -34,25 +35,34 @@ const commands: readonly Command[] = [
     usage: 'NAME',
     help: 'delete it, as rmdir snapshots/NAME does',
     run: async (mounted, rest) => {
-      const checkpoint = mounted.find(nameIn('del-checkpoint', rest).name);
+      const checkpoint = mounted.find(nameIn('del-checkpoint', rest).name, 'internal');
       await mounted.delete(checkpoint);
       return done.deleted(checkpoint);
     },
   },
   {
     name: 'ext-checkpoint',
-    usage: 'NAME',
-    help: 'take an external one, as mkdir overlays/NAME does (not yet)',
-    run: async () => {
-      throw overlaysMissing();
+    usage: 'NAME [--no-memory]',
+    help: 'take an external one, as mkdir overlays/NAME does',
+    run: async (mounted, rest, signal) => {
+      const { name, options } = nameIn('ext-checkpoint', rest, [NO_MEMORY]);
+      const withoutMemory = options.has(NO_MEMORY);
+      return done.taken(await mounted.take(name, { kind: 'external', withoutMemory, signal }));
     },
   },
   {
     name: 'del-ext-checkpoint',
     usage: 'NAME [--discard]',
-    help: 'delete an external one, as rmdir overlays/NAME does (not yet)',
-    run: async () => {
-      throw overlaysMissing();
+    help: 'merge it away, as rmdir overlays/NAME does, or throw away what was written since',
+    run: async (mounted, rest, signal) => {
+      const { name, options } = nameIn('del-ext-checkpoint', rest, [DISCARD]);
+      const checkpoint = mounted.find(name, 'external');
+      if (!options.has(DISCARD)) {
+        await mounted.delete(checkpoint, { signal });
+        return done.deleted(checkpoint);
+      }
+      await mounted.discard(checkpoint);
+      return `${done.deleted(checkpoint)}; what was written since it was taken is discarded, the disk is as it was then`;
     },
   },
   {
@@ -191,10 +201,6 @@ function guestCommand(
     });
   return { name, usage, help: `${help} (guest)`, run };
 }
-
-/** ENOTSUP of everything that would make or delete an external checkpoint. */
-export const overlaysMissing = (): FsError =>
-  new FsError('ENOTSUP', 'External checkpoints (overlays) are not supported yet: take an internal one in snapshots/.');
 
 function wrongUsage(name: string): FsError {
   const usage = byName.get(name)?.usage ?? '';

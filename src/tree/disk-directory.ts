@@ -3,6 +3,7 @@ import type { Disk } from '../disk/disk.ts';
 import type { DirectoryNode, Node, Notifier } from '../fuse/filesystem.ts';
 import { ByIdDirectory } from './by-id-directory.ts';
 import { shareOf } from './checkpoint-directory.ts';
+import { CheckpointsDirectory } from './checkpoints-directory.ts';
 import { ControlFile } from './control-file.ts';
 import type { DataThreads } from './data-threads.ts';
 import { ImageFile } from './image-file.ts';
@@ -11,9 +12,7 @@ import { diskInfoText } from './info-json.ts';
 import type { Machine } from './machine.ts';
 import { MountedDisk } from './mounted-disk.ts';
 import { FixedDirectory, type InodeNumbers, type Place, ROOT_INO } from './node.ts';
-import { OverlaysDirectory } from './overlays-directory.ts';
 import { PartitionsDirectory, partitionsOf } from './partitions-directory.ts';
-import { SnapshotsDirectory } from './snapshots-directory.ts';
 import { TextFile } from './text-file.ts';
 
 export interface DiskDirectoryOptions {
@@ -80,7 +79,8 @@ export function createDiskDirectory({
       });
     },
   });
-  const snapshots = new SnapshotsDirectory(mounted, inodes, here.ino);
+  const snapshots = new CheckpointsDirectory(mounted, 'internal', inodes, here.ino);
+  const overlays = new CheckpointsDirectory(mounted, 'external', inodes, here.ino);
   const info = new TextFile({
     ino: inodes.next(),
     path: () => `${disk.name}/info.json`,
@@ -92,7 +92,7 @@ export function createDiskDirectory({
     ['disk.raw', diskFile],
     ['partitions', partitions],
     ['snapshots', snapshots],
-    ['overlays', new OverlaysDirectory(place('overlays'), here.ino, timeMs)],
+    ['overlays', overlays],
     ['control', new ControlFile(inodes.next(), mounted)],
     ['info.json', info],
   ]);
@@ -101,12 +101,15 @@ export function createDiskDirectory({
     ['.by-id', new ByIdDirectory(place('.by-id'), here.ino, mounted, inodes)],
   ]);
 
+  disk.onLayers(() => threads.republish());
   disk.onChange((change) => {
     const kernel = notifier();
     if (change === 'checkpoints') {
       // Names of checkpoints are looked up each time: none needs to be taken back.
-      snapshots.refresh();
-      kernel?.invalidateNode(snapshots.ino);
+      for (const folder of [snapshots, overlays]) {
+        folder.refresh();
+        kernel?.invalidateNode(folder.ino);
+      }
     } else {
       // sendfile(2) fills the page cache even where reads and writes bypass it.
       for (const file of [diskFile, ...partitions.knownFiles]) kernel?.invalidateNode(file.ino);

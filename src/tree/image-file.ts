@@ -25,6 +25,8 @@ export interface ImageFileOptions {
   /** Whose file it is, undefined for the live contents. @throws FsError ENOENT when that checkpoint is gone */
   readonly checkpoint: () => Checkpoint | undefined;
   readonly kind: 'live' | 'checkpoint';
+  /** Of a checkpoint, yet not as it was: the file of an overlay that is being written. */
+  readonly changing?: boolean;
   /** The name may come to mean something else: a live partition's. */
   readonly passing?: boolean;
 }
@@ -38,7 +40,7 @@ export class ImageFile implements FileNode {
 
   constructor(options: ImageFileOptions) {
     this.ino = options.ino;
-    this.attributesValidMs = options.kind === 'live' ? 0 : LASTING_MS;
+    this.attributesValidMs = options.kind === 'live' || options.changing === true ? 0 : LASTING_MS;
     this.entryValidMs = options.passing === true ? 0 : LASTING_MS;
     this.#options = options;
   }
@@ -82,7 +84,7 @@ export class ImageFile implements FileNode {
           opening.release();
           leave();
         };
-        const caching = kind === 'live' ? 'direct' : 'keep';
+        const caching = kind === 'live' || this.#options.changing === true ? 'direct' : 'keep';
         return new OpenImage({
           contents,
           base,

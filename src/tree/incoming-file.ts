@@ -80,7 +80,7 @@ export class IncomingFile implements FileNode, Disposable {
     this.#kept = kept;
     if (this.#early.length > 0) writeGrowing(kept.contents, 0, this.#early.length, this.#early, 0);
     this.#early = new Uint8Array();
-    threads.publish(kept.shared, (error) => folder.failed(error));
+    threads.publish(kept, (error) => folder.failed(error));
     for (const { slot } of this.#open) if (slot !== undefined) threads.showInSlot(slot, kept.shared.id);
   }
 

@@ -4,7 +4,15 @@
  */
 import debug from 'debug';
 import { validateNewName } from '../disk/checkpoint-name.ts';
-import type { Checkpoint, CheckpointKind, CompactReport, Disk, OpenContents, Operation } from '../disk/disk.ts';
+import type {
+  Checkpoint,
+  CheckpointKind,
+  CompactReport,
+  DeleteOptions,
+  Disk,
+  OpenContents,
+  Operation,
+} from '../disk/disk.ts';
 import { FsError } from '../errors.ts';
 import { type DataThreads, SharedOpening } from './data-threads.ts';
 import type { IncomingDirectory } from './incoming-directory.ts';
@@ -100,13 +108,14 @@ export class MountedDisk {
     return error;
   }
 
-  /** By the name shown, else the first with that real name. @throws FsError ENOENT */
-  find(name: string): Checkpoint {
-    const checkpoints = this.#internal();
+  /** By the name shown, else the first with that real name; of any kind if none is given. @throws FsError ENOENT */
+  find(name: string, kind?: CheckpointKind): Checkpoint {
+    const checkpoints = this.disk.checkpoints().filter((checkpoint) => kind === undefined || checkpoint.kind === kind);
     const found =
       checkpoints.find((checkpoint) => checkpoint.name === name) ??
       checkpoints.find((checkpoint) => checkpoint.realName === name);
-    if (found === undefined) throw new FsError('ENOENT', `${this.disk.name} has no checkpoint ${quote(name)}.`);
+    const what = kind === 'external' ? 'overlay' : 'checkpoint';
+    if (found === undefined) throw new FsError('ENOENT', `${this.disk.name} has no ${what} ${quote(name)}.`);
     return found;
   }
 
@@ -122,9 +131,20 @@ export class MountedDisk {
   }
 
   /** @throws FsError EBUSY while a file of it is open, EROFS, and the disk's own */
-  async delete(checkpoint: Checkpoint): Promise<void> {
+  async delete(checkpoint: Checkpoint, options: DeleteOptions = {}): Promise<void> {
     this.#refuseIfReadOnly();
-    await this.openFiles.whileUnopened(checkpoint, () => this.disk.deleteCheckpoint(checkpoint));
+    await this.openFiles.whileUnopened(checkpoint, () => this.disk.deleteCheckpoint(checkpoint, options));
+  }
+
+  /**
+   * Delete an external checkpoint, and with it what was written since.
+   * @throws FsError as `delete`, and EBUSY while the guest runs or a live file is open for writing
+   */
+  async discard(checkpoint: Checkpoint): Promise<void> {
+    this.#refuseIfReadOnly();
+    const what = `discarding what was written since ${quote(checkpoint.name)}`;
+    await this.machine.refuseIfAlive(`Discarding what was written to ${this.disk.name}`);
+    await this.openFiles.exclusively(what, () => this.delete(checkpoint, { discard: true }));
   }
 
   /** @throws FsError EEXIST, EINVAL, ENAMETOOLONG, EROFS, and the disk's own */
@@ -169,10 +189,6 @@ export class MountedDisk {
       );
     }
     return this.openFiles.exclusively(`shrinking ${this.disk.name}`, () => this.disk.resize(bytes, options));
-  }
-
-  #internal(): readonly Checkpoint[] {
-    return this.disk.checkpoints().filter((checkpoint) => checkpoint.kind === 'internal');
   }
 
   #refuseIfReadOnly(): void {

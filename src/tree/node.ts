@@ -128,7 +128,7 @@ export abstract class Directory implements DirectoryNode {
     return this.place.report(
       new FsError(
         'EPERM',
-        `${what} in ${this.place.path()}: checkpoints are taken, deleted and renamed in DISK/snapshots only.`,
+        `${what} in ${this.place.path()}: checkpoints are taken, deleted and renamed in DISK/snapshots and DISK/overlays only.`,
       ),
     );
   }

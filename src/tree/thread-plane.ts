@@ -26,6 +26,8 @@ export interface FromDataThread {
 export interface PlaneData {
   readonly table: SharedArrayBuffer;
   readonly port: MessagePort;
+  /** One word: odd while the thread uses contents, counting up. */
+  readonly busy: SharedArrayBuffer;
 }
 
 /** No allocation on READ and WRITE, unless they fail. */
@@ -34,6 +36,7 @@ export class ThreadPlane implements DataPlane {
   readonly #port: MessagePort;
   readonly #attach: (shared: SharedContents) => Contents;
   readonly #contents = new Map<number, Contents>();
+  readonly #busy: Int32Array;
   /** The table's generation when the port was last drained. */
   #drained: number;
 
@@ -41,23 +44,26 @@ export class ThreadPlane implements DataPlane {
     this.#table = new SlotTable(data.table);
     this.#port = data.port;
     this.#attach = attach;
+    this.#busy = new Int32Array(data.busy);
     // Not the current one: what was posted before this thread started waits in the port.
     this.#drained = this.#table.generation() - 1;
   }
 
   read(fh: number, offset: number, size: number, reply: Uint8Array, at: number): number {
     try {
-      const contents = this.#open(fh);
+      const contents = this.#enter(fh);
       if (contents === undefined) return DEFER;
       return readRange(contents, this.#table.base(fh), this.#table.length(fh), offset, size, reply, at);
     } catch (error) {
       return this.#failed(fh, error);
+    } finally {
+      this.#leave();
     }
   }
 
   write(fh: number, offset: number, size: number, request: Uint8Array, at: number, sync: boolean): number {
     try {
-      const contents = this.#open(fh);
+      const contents = this.#enter(fh);
       if (contents === undefined || !this.#writable(fh)) return DEFER;
       const count = this.#grows(fh)
         ? writeGrowing(contents, offset, size, request, at)
@@ -67,51 +73,72 @@ export class ThreadPlane implements DataPlane {
       return count;
     } catch (error) {
       return this.#failed(fh, error);
+    } finally {
+      this.#leave();
     }
   }
 
   seek(fh: number, offset: number, whence: number): number {
     try {
-      const contents = this.#open(fh);
+      const contents = this.#enter(fh);
       if (contents === undefined) return DEFER;
       return seekRange(contents, this.#table.base(fh), this.#table.length(fh), offset, whence);
     } catch (error) {
       return this.#failed(fh, error);
+    } finally {
+      this.#leave();
     }
   }
 
   allocate(fh: number, offset: number, length: number, mode: number): number {
     try {
-      const contents = this.#open(fh);
+      const contents = this.#enter(fh);
       if (contents === undefined || !this.#writable(fh) || this.#grows(fh)) return DEFER;
       const done = allocateRange(contents, this.#table.base(fh), this.#table.length(fh), offset, length, mode);
       return done === GATE_CLOSED ? DEFER : done;
     } catch (error) {
       return this.#failed(fh, error);
+    } finally {
+      this.#leave();
     }
   }
 
   /** Nothing to do: what write(2) acknowledged is in the engine, and close(2) promises no durability. */
   flush(fh: number): number {
-    return this.#open(fh) === undefined ? DEFER : 0;
+    try {
+      return this.#enter(fh) === undefined ? DEFER : 0;
+    } finally {
+      this.#leave();
+    }
   }
 
   sync(fh: number): number {
     try {
-      const contents = this.#open(fh);
+      const contents = this.#enter(fh);
       if (contents === undefined) return DEFER;
       contents.flush();
       return 0;
     } catch (error) {
       return this.#failed(fh, error);
+    } finally {
+      this.#leave();
     }
   }
 
-  /** This thread's contents of an open slot; undefined where the main thread must answer. */
-  #open(fh: number): Contents | undefined {
+  /**
+   * This thread's contents of an open slot; undefined where the main thread must answer. From here to `#leave` they are
+   * in use: said before the generation is looked at, so that whoever sees this thread idle after having advanced it
+   * knows that the next use is of what was posted.
+   */
+  #enter(fh: number): Contents | undefined {
+    Atomics.add(this.#busy, 0, 1);
     if (fh >= DATA_HANDLES) return undefined;
     if (this.#table.generation() !== this.#drained) this.#drain();
     return (this.#table.flags(fh) & flag.IN_USE) === 0 ? undefined : this.#contents.get(this.#table.contentsId(fh));
+  }
+
+  #leave(): void {
+    Atomics.add(this.#busy, 0, 1);
   }
 
   #grows(fh: number): boolean {

@@ -139,7 +139,7 @@ async function freeze({ image, list }: Session): Promise<PendingSnapshot> {
     list,
     name: 'running',
     progress: () => {},
-    share: () => ({ id: 0, chainId: 0, chain: [], snapshot: undefined }),
+    share: (area) => ({ id: 0, kind: 'vm-state', chain: [], area }),
     published: () => undefined as never,
   });
 }

@@ -24,7 +24,13 @@ describe('control', () => {
     await run('help');
     const help = await answer();
     for (const name of [
-      ...['help', 'status', 'checkpoint NAME [--no-memory]', 'del-checkpoint NAME', 'ext-checkpoint NAME'],
+      ...[
+        'help',
+        'status',
+        'checkpoint NAME [--no-memory]',
+        'del-checkpoint NAME',
+        'ext-checkpoint NAME [--no-memory]',
+      ],
       ...['del-ext-checkpoint NAME [--discard]', 'rename OLD NEW', 'rollback NAME', 'resize BYTES [--shrink]'],
       ...[
         'suspend NAME',
@@ -128,7 +134,7 @@ describe('control', () => {
     ['rename nowhere b', 'ENOENT'],
     ['rollback nowhere', 'ENOENT'],
     ['ext-checkpoint a', 'ENOTSUP'],
-    ['del-ext-checkpoint a', 'ENOTSUP'],
+    ['del-ext-checkpoint a', 'ENOENT'],
     ['suspend a', 'ENOTSUP'],
     ['restore-command a', 'ENOENT'],
     ['restore-command there', 'ENOTSUP'],

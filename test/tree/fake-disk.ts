@@ -237,6 +237,10 @@ export class FakeDisk implements Disk {
     return this.#open(this.#snapshot(checkpoint).contents);
   }
 
+  openOverlay(): OpenContents {
+    throw new FsError('ENOENT', 'no overlays');
+  }
+
   openState(checkpoint: Checkpoint, name: string): OpenContents {
     const contents = this.#snapshot(checkpoint).state.get(name);
     if (contents === undefined) throw new FsError('ENOENT', `no ${name}`);
@@ -324,6 +328,8 @@ export class FakeDisk implements Disk {
   whenOpen(): Promise<void> {
     return this.gateClosed ? new Promise((resolve) => this.#whenOpen.push(resolve)) : Promise.resolve();
   }
+
+  onLayers(): void {}
 
   onChange(listener: (change: 'contents' | 'size' | 'checkpoints') => void): void {
     this.#listeners.push(listener);

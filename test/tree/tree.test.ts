@@ -180,10 +180,10 @@ describe('the tree', () => {
     }
   });
 
-  it('has overlays/, empty; mkdir there says that there are none yet', async () => {
+  it('has overlays/, empty; mkdir there asks the disk for an external checkpoint', async () => {
     expect(await names(root, 'vm1/overlays')).toEqual([]);
     expect(await errnoOf(mkdir('vm1/overlays', 'a'))).toBe('ENOTSUP');
-    expect(await text(root, 'vm1/control')).toMatch(/overlays.*not supported yet/);
+    expect(await text(root, 'vm1/control')).toBe('no overlays\n');
   });
 });
 
@@ -582,6 +582,6 @@ describe('the caches of the kernel', () => {
     await (await at(root, 'vm1/disk.raw')).setAttributes({ size: 2 * MIB }, caller);
     expect(stale.splice(0)).toEqual(live);
     disk.addForeign('b');
-    expect(stale).toEqual(await inos('snapshots', 'info.json'));
+    expect(stale).toEqual(await inos('snapshots', 'overlays', 'info.json'));
   });
 });

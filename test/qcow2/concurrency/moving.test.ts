@@ -48,6 +48,8 @@ interface Layer {
 type Format = Omit<CreateOptions, 'size' | 'backing'>;
 
 let chains = 0;
+/** Layers that were opened: each has an id of its own. */
+let opened = 0;
 
 /** All images of a chain open for writing, as the threads share them; bottom first. */
 class Chain implements Disposable {
@@ -73,8 +75,7 @@ class Chain implements Disposable {
   }
 
   view(): unknown {
-    const chainId = -++chains;
-    return { id: chainId, chainId, chain: this.layers.map(({ shared }) => shared).reverse(), snapshot: undefined };
+    return { id: -++chains, kind: 'live', chain: this.layers.map(({ shared }) => shared).reverse() };
   }
 
   content(): Uint8Array {
@@ -106,7 +107,7 @@ class Chain implements Disposable {
       path,
       file,
       image,
-      shared: { format: 'qcow2', file: file.share(), data: undefined, image: shared },
+      shared: { id: ++opened, format: 'qcow2', file: file.share(), data: undefined, image: shared },
     });
   }
 }

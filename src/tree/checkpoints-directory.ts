@@ -1,17 +1,22 @@
-/** snapshots/: the internal checkpoints of a disk. mkdir takes one, rmdir deletes it, mv renames it. */
-import type { Checkpoint } from '../disk/disk.ts';
+/** snapshots/ and overlays/: the checkpoints of a disk, internal and external. mkdir takes one, rmdir deletes it, mv renames it. */
+import type { Checkpoint, CheckpointKind } from '../disk/disk.ts';
 import { FsError } from '../errors.ts';
 import type { Attributes, Caller, DirectoryEntry, DirectoryNode, Node } from '../fuse/filesystem.ts';
 import { CheckpointDirectory } from './checkpoint-directory.ts';
+import { folderOf } from './checkpoint-kind.ts';
 import { done, type MountedDisk } from './mounted-disk.ts';
 import { Directory, directoryAttributes, type InodeNumbers } from './node.ts';
 
-/** What stays the same when a checkpoint is renamed. An ID alone is given again after its snapshot was deleted. */
-const identity = ({ id, createdMs, vmClockNs, virtualSize }: Checkpoint): string =>
-  [createdMs, vmClockNs, virtualSize, id].join(' ');
+/**
+ * What stays the same when a checkpoint is renamed. An ID alone is given again after its snapshot was deleted; that of an
+ * external checkpoint is its file's name.
+ */
+const identity = ({ kind, id, createdMs, vmClockNs, virtualSize }: Checkpoint): string =>
+  [createdMs, vmClockNs, virtualSize, kind === 'internal' ? id : ''].join(' ');
 
-export class SnapshotsDirectory extends Directory {
+export class CheckpointsDirectory extends Directory {
   readonly #mounted: MountedDisk;
+  readonly #kind: CheckpointKind;
   readonly #inodes: InodeNumbers;
   /** Only those that someone looked at have a node. */
   #nodes = new Map<Checkpoint, CheckpointDirectory>();
@@ -19,10 +24,11 @@ export class SnapshotsDirectory extends Directory {
   #changedMs: number;
   #stale = true;
 
-  constructor(mounted: MountedDisk, inodes: InodeNumbers, parentIno: number) {
-    const path = () => `${mounted.disk.name}/snapshots`;
+  constructor(mounted: MountedDisk, kind: CheckpointKind, inodes: InodeNumbers, parentIno: number) {
+    const path = () => `${mounted.disk.name}/${folderOf[kind]}`;
     super({ ino: inodes.next(), path, report: (error) => mounted.report(error) }, parentIno);
     this.#mounted = mounted;
+    this.#kind = kind;
     this.#inodes = inodes;
     this.#changedMs = mounted.disk.modifiedMs();
   }
@@ -49,7 +55,7 @@ export class SnapshotsDirectory extends Directory {
   override async makeDirectory(name: string, { signal }: Caller): Promise<Node> {
     let taken: Checkpoint | undefined;
     await this.#mounted.answer(async () => {
-      taken = await this.#mounted.take(name, { kind: 'internal', signal });
+      taken = await this.#mounted.take(name, { kind: this.#kind, signal });
       return done.taken(taken);
     });
     this.refresh();
@@ -57,10 +63,10 @@ export class SnapshotsDirectory extends Directory {
     return this.#node(taken as Checkpoint);
   }
 
-  override async removeDirectory(name: string, _caller: Caller): Promise<void> {
+  override async removeDirectory(name: string, { signal }: Caller): Promise<void> {
     await this.#mounted.answer(async () => {
       const checkpoint = this.#named(name);
-      await this.#mounted.delete(checkpoint);
+      await this.#mounted.delete(checkpoint, { signal });
       return done.deleted(checkpoint);
     });
     this.refresh();
@@ -102,7 +108,7 @@ export class SnapshotsDirectory extends Directory {
     if (!this.#stale) return this.#byName;
     const byName = new Map<string, Checkpoint>();
     for (const checkpoint of this.#mounted.disk.checkpoints()) {
-      if (checkpoint.kind === 'internal') byName.set(checkpoint.name, checkpoint);
+      if (checkpoint.kind === this.#kind) byName.set(checkpoint.name, checkpoint);
     }
     const left = new Map(this.#nodes);
     const nodes = new Map<Checkpoint, CheckpointDirectory>();

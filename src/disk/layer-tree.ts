@@ -1,0 +1,177 @@
+/**
+ * All images of a disk: its own, the overlays of this program over it, and what lies below. The live disk is one end of
+ * the tree; the others are branches that a roll back has left.
+ */
+import { realpathSync } from 'node:fs';
+import { basename, dirname } from 'node:path';
+import { FsError } from '../errors.ts';
+import { discoverDisk, FolderScan, type FoundImage } from './folder-scan.ts';
+import type { Layer } from './layer.ts';
+import { openChain } from './open-chain.ts';
+
+export interface TreeOptions {
+  readonly readOnly: boolean;
+  /** Memory for the caches of each image, in bytes. */
+  readonly cacheBytes: number;
+  /** Where new overlays go; undefined: beside the live image. */
+  readonly overlayFolder?: string | undefined;
+  /** More folders with images that may depend on those of the disk. */
+  readonly backingRoots?: readonly string[];
+  /** Mountpoints of this process: never looked into. */
+  readonly avoid?: readonly string[];
+}
+
+export class LayerTree implements Disposable {
+  /** The image that the disk is named after. */
+  readonly bottom: Layer;
+  readonly options: TreeOptions;
+  /** Why nothing can be written, although that was asked for. */
+  readonly unwritable: string | undefined;
+  #active: Layer;
+  /** Every open layer. */
+  readonly #layers: Set<Layer>;
+
+  private constructor(
+    bottom: Layer,
+    active: Layer,
+    layers: Iterable<Layer>,
+    options: TreeOptions,
+    unwritable: string | undefined,
+  ) {
+    this.bottom = bottom;
+    this.#active = active;
+    this.#layers = new Set(layers);
+    this.options = options;
+    this.unwritable = unwritable;
+  }
+
+  /** Open everything that belongs to the disk of an image, and lock it. @throws FsError with nothing left open */
+  static async open(path: string, options: TreeOptions): Promise<LayerTree> {
+    const found = await discoverDisk(new FolderScan(options.avoid), path, foldersOf(options));
+    // A disk of one image keeps the path that it was given by.
+    const alone = found.overlays.length === 0;
+    const hindrance = options.readOnly ? undefined : hindranceOf(found);
+    const layers = new Map<string, Layer>();
+    const keep = (top: Layer): void => {
+      for (const layer of top.chain) layers.set(layer.path, layer);
+    };
+    const ours = new Set([found.bottom, ...found.overlays.map((overlay) => overlay.path)]);
+    try {
+      const chain = await openChain(alone ? path : found.active, {
+        readOnly: options.readOnly || hindrance !== undefined,
+        cacheBytes: options.cacheBytes,
+        mayWrite: options.readOnly ? new Set() : ours,
+      });
+      keep(chain.top);
+      let { unwritable = hindrance } = chain;
+      for (const { path: branch } of found.overlays) {
+        if (layers.has(branch)) continue;
+        try {
+          keep((await openChain(branch, { ...options, readOnly: true, known: layers, mayWrite: ours })).top);
+        } catch (error) {
+          if (!(error instanceof FsError)) throw error;
+          unwritable ??= `the branch ${basename(branch)} cannot be opened: ${error.message}`;
+        }
+      }
+      const bottom = alone ? chain.top : layers.get(found.bottom);
+      if (bottom === undefined) throw new FsError('EIO', `${path}: the chain changed while it was being opened`);
+      return new LayerTree(bottom, chain.top, layers.values(), options, unwritable);
+    } catch (error) {
+      for (const layer of layers.values()) layer[Symbol.dispose]();
+      throw error;
+    }
+  }
+
+  /** The layer that is written. */
+  get active(): Layer {
+    return this.#active;
+  }
+
+  get layers(): ReadonlySet<Layer> {
+    return this.#layers;
+  }
+
+  /** In the order in which they were made. */
+  get overlays(): readonly Layer[] {
+    return [...this.#layers]
+      .filter(({ mark }) => mark !== undefined)
+      .sort((a, b) => (a.mark?.sequence ?? 0) - (b.mark?.sequence ?? 0));
+  }
+
+  /** The folder of the next overlay, without links. */
+  get overlayFolder(): string {
+    return realpathSync(this.options.overlayFolder ?? dirname(this.#active.path));
+  }
+
+  get nextSequence(): number {
+    return 1 + Math.max(0, ...[...this.#layers].map(({ mark }) => mark?.sequence ?? 0));
+  }
+
+  /** Overlays of the disk that stand on this layer. */
+  above(layer: Layer): readonly Layer[] {
+    return [...this.#layers].filter(({ below }) => below === layer);
+  }
+
+  add(layer: Layer): void {
+    this.#layers.add(layer);
+  }
+
+  activate(layer: Layer): void {
+    this.#active = layer;
+  }
+
+  /** The layer's file is part of the disk no more. Views of other threads must have let go of it. */
+  remove(layer: Layer): void {
+    this.#layers.delete(layer);
+    layer[Symbol.dispose]();
+  }
+
+  /** Images of others that have one of these layers as their backing file, by the files as they are now. */
+  async dependents(layers: readonly Layer[]): Promise<readonly FoundImage[]> {
+    const scan = new FolderScan(this.options.avoid);
+    const paths = new Set(layers.map(({ path }) => real(path)));
+    const own = new Set([...this.#layers].map(({ path }) => real(path)));
+    const folders = new Set([...foldersOf(this.options), ...[...paths].map((path) => dirname(path))]);
+    const found: FoundImage[] = [];
+    for (const folder of folders) {
+      for (const image of await scan.folder(folder)) {
+        if (image.backing !== undefined && paths.has(image.backing) && !own.has(image.path)) found.push(image);
+      }
+    }
+    return found;
+  }
+
+  [Symbol.dispose](): void {
+    for (const layer of this.#layers) layer[Symbol.dispose]();
+  }
+}
+
+const foldersOf = ({ overlayFolder, backingRoots = [] }: TreeOptions): readonly string[] =>
+  overlayFolder === undefined ? backingRoots : [overlayFolder, ...backingRoots];
+
+/** The path without links: of files that are open, so that looking at it goes nowhere else. */
+function real(path: string): string {
+  try {
+    return realpathSync(path);
+  } catch {
+    return path;
+  }
+}
+
+/** Why the live image must not be written. */
+function hindranceOf({
+  active,
+  foreign,
+  missing,
+  ambiguous,
+}: Awaited<ReturnType<typeof discoverDisk>>): string | undefined {
+  if (ambiguous.length > 0) {
+    return `${ambiguous.join(' and ')} both claim to be the end of its chain, as a copy does; move all but one of them elsewhere`;
+  }
+  if (missing.length > 0) {
+    return `it goes on in ${missing.join(', ')}, which ${missing.length === 1 ? 'is' : 'are'} not there; bring it back, or give its folder by --overlay-dir`;
+  }
+  const on = foreign.filter(({ backing }) => backing === active).map(({ path }) => path);
+  if (on.length === 0) return undefined;
+  return `${on.join(', ')} ${on.length === 1 ? 'has' : 'have'} it as backing file, and would break if it changed; mount that instead, or move it out of the folder if it is not needed`;
+}
