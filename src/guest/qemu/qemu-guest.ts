@@ -91,15 +91,20 @@ export class QemuGuest implements Guest {
       if (running) await qmp.execute('stop');
       try {
         await migrateToFile(qmp, path, signal);
-        if (suspend) return await end(qmp);
+        if (suspend) {
+          // Before the end: until then a failure costs nothing.
+          if (running) await letStateRun(path);
+          return await end(qmp);
+        }
       } catch (error) {
         if (running) await this.#letRun(qmp);
         throw error;
       }
-      if (running) await qmp.execute('cont');
+      if (!running) return;
+      await qmp.execute('cont');
+      // The guest runs already: this is about the file alone.
+      await letStateRun(path);
     });
-    // The guest runs already: this is about the file alone.
-    await letStateRun(path);
   }
 
   validate(files: readonly StateFile[]): void {

@@ -7,7 +7,7 @@ import { join } from 'node:path';
 export type Arguments = Readonly<Record<string, unknown>>;
 
 /** The value of `return`; a `Refusal` thrown becomes an error answer. */
-export type Answer = (args: Arguments, connection: Socket) => unknown;
+export type Answer = (args: Arguments, connection: Socket, folder: string) => unknown;
 
 export class Refusal extends Error {
   readonly class: string;
@@ -76,7 +76,7 @@ export async function fakeQemu(
     const answer = answers[execute];
     try {
       if (answer === undefined) throw new Refusal(`The command ${execute} has not been found`, 'CommandNotFound');
-      reply({ return: await answer(args, connection) });
+      reply({ return: await answer(args, connection, folder) });
     } catch (error) {
       if (!(error instanceof Refusal)) throw error;
       reply({ error: { class: error.class, desc: error.message } });

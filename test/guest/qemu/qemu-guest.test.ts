@@ -43,6 +43,21 @@ function machine(changes: Answers = {}, before = 'running', version: readonly [n
   return fakeQemu(answers, { version });
 }
 
+/** A migration that writes the section which tells the run state, into the file that the guest was saved to. */
+function withState(): Answers {
+  const paused = Buffer.from(`\x0bglobalstate\0\0\0\0\0\0\0\x01\0\0\0\x07paused\0${'\0'.repeat(93)}`, 'latin1');
+  let asked = 0;
+  return {
+    migrate: (_, _connection, folder) => {
+      writeFileSync(join(folder, 'state'), paused);
+      return {};
+    },
+    'query-migrate': () => (asked++ === 0 ? {} : { status: 'completed' }),
+  };
+}
+
+const stateOf = ({ folder }: FakeQemu) => readFileSync(join(folder, 'state'), 'latin1');
+
 const guestOf = ({ path }: FakeQemu) => new QemuGuest({ socketPath: path });
 
 const save = (qemu: FakeQemu, { suspend = false, signal = new AbortController().signal } = {}) =>
@@ -76,24 +91,18 @@ describe('saving a QEMU guest', () => {
     expect(args?.uri).toMatch(/^file:\/dev\/fdset\/\d+$/);
   });
 
-  it('the state says that the guest runs', async () => {
-    const paused = Buffer.from(`\x0bglobalstate\0\0\0\0\0\0\0\x01\0\0\0\x07paused\0${'\0'.repeat(93)}`, 'latin1');
-    await using qemu = await machine({
-      migrate: () => {
-        writeFileSync(join(qemu.folder, 'state'), paused);
-        return {};
-      },
-      'query-migrate': () => ({ status: 'completed' }),
-    });
-    await save(qemu);
-    expect(readFileSync(join(qemu.folder, 'state'), 'latin1')).toContain('\0\0\0\x08running\0');
+  it.each([false, true])('the state says that the guest runs; to suspend it: %s', async (suspend) => {
+    await using qemu = await machine(withState());
+    await save(qemu, { suspend });
+    expect(stateOf(qemu)).toContain('\0\0\0\x08running\0');
   });
 
   it('one that was paused stays paused, also in its state', async () => {
-    await using qemu = await machine({}, 'paused');
+    await using qemu = await machine(withState(), 'paused');
     await save(qemu);
     expect(names(qemu)).not.toContain('stop');
     expect(names(qemu)).not.toContain('cont');
+    expect(stateOf(qemu)).toContain('\0\0\0\x07paused\0');
   });
 
   it('to suspend it QEMU ends instead', async () => {
