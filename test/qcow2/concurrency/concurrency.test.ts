@@ -191,9 +191,10 @@ class Run {
   async step(): Promise<void> {
     const saved = [...this.#saved.keys()];
     const one = saved[this.#below(Math.max(1, saved.length))];
-    const dice = this.#below(10);
+    const dice = this.#below(12);
     if (one === undefined || (dice < 5 && saved.length < 4)) return this.#take();
     if (dice < 8) return this.#delete(one);
+    if (dice < 10) return this.#compact(saved);
     return this.#rollBack(one);
   }
 
@@ -208,6 +209,13 @@ class Run {
     this.#saved.set(checkpoint, picture);
   }
 
+  async #compact(saved: readonly Checkpoint[]): Promise<void> {
+    // What is open meanwhile has to follow what moves.
+    const open = saved.map((checkpoint) => ({ checkpoint, view: this.#disk.openCheckpoint(checkpoint) }));
+    await this.#disk.compact();
+    for (const { checkpoint, view } of open) this.#expectPicture(checkpoint, pictureOf(view));
+  }
+
   async #delete(checkpoint: Checkpoint): Promise<void> {
     this.#expectUnchanged(checkpoint);
     await this.#disk.deleteCheckpoint(checkpoint);
@@ -215,7 +223,10 @@ class Run {
   }
 
   #expectUnchanged(checkpoint: Checkpoint): void {
-    const { hash } = pictureOf(this.#disk.openCheckpoint(checkpoint));
+    this.#expectPicture(checkpoint, pictureOf(this.#disk.openCheckpoint(checkpoint)));
+  }
+
+  #expectPicture(checkpoint: Checkpoint, { hash }: Picture): void {
     if (hash !== this.#saved.get(checkpoint)?.hash) throw new Error(`snapshot ${checkpoint.name} has changed`);
   }
 
@@ -268,7 +279,7 @@ const variants: readonly Variant[] = [
   { name: 'version 2, clusters of 4 KiB', format: { version: 2, clusterBytes: 4096 }, cacheBytes: 2 ** 20, seed: 14 },
 ];
 
-describe('threads that write, discard, flush and read while snapshots are taken, deleted and rolled back to', () => {
+describe('threads that write, discard, flush and read while snapshots come and go and the file is compacted', () => {
   it.each(variants)('see no torn, foreign or lost cell; snapshots are instants: $name', async (variant) => {
     const folder = mkdtempSync(join(tmpdir(), 'vdskfs-threads-'));
     const workers: Worker[] = [];
