@@ -32,7 +32,11 @@ const variants: readonly Variant[] = [
 
 /** What is done to the disk before the operation that fails. */
 const preparation: readonly Action[] = [
+  // What it held alone is free again, at the start of the file.
+  { do: 'write', at: 0, bytes: bytes(30 * KIB, 8) },
+  { do: 'take', name: 'gone' },
   { do: 'write', at: 0, bytes: bytes(30 * KIB, 1) },
+  { do: 'delete', name: 'gone' },
   { do: 'take', name: 'first' },
   { do: 'write', at: 5 * KIB, bytes: bytes(10 * KIB, 2) },
   { do: 'take', name: 'second' },
@@ -52,6 +56,7 @@ const operations: readonly Action[] = [
   { do: 'rollback', name: 'first' },
   { do: 'grow', size: 2_000_384 },
   { do: 'shrink', size: 20 * KIB },
+  { do: 'compact' },
 ];
 
 interface Prepared {

@@ -1,15 +1,21 @@
 /** Contents stay, the file gets as short as what it holds, and qemu-img check finds nothing. */
+import { execFileSync } from 'node:child_process';
+import { mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
 import fc from 'fast-check';
 import { describe, expect, it } from 'vitest';
+import { allocate } from '../../../src/qcow2/allocator.ts';
 import { compactImage } from '../../../src/qcow2/compact/compact.ts';
 import { surveySpace } from '../../../src/qcow2/compact/host-space.ts';
 import type { FormatOptions } from '../../../src/qcow2/create.ts';
 import { zeroRange } from '../../../src/qcow2/discard.ts';
 import { flush } from '../../../src/qcow2/flush.ts';
 import { readRange } from '../../../src/qcow2/read.ts';
+import { changeRefcount } from '../../../src/qcow2/refcounts.ts';
 import type { SnapshotEntry } from '../../../src/qcow2/snapshot-table.ts';
 import { readSnapshotL1 } from '../../../src/qcow2/snapshots.ts';
-import type { MemoryStorage } from '../../storage/memory-storage.ts';
+import { MemoryStorage } from '../../storage/memory-storage.ts';
 import {
   closeSession,
   formatted,
@@ -134,6 +140,70 @@ describe('compacting', () => {
     qemuCheck(storage);
   });
 
+  it.each(['zlib', 'zstd'])('packs compressed data, whatever shares a cluster with it: %s', async (compression) => {
+    await withImage(['-o', `compression_type=${compression},cluster_size=4k`], async (path) => {
+      const noise = readFileSync(path.replace(/[^/]*$/, 'noise'));
+      const storage = MemoryStorage.load(path);
+      const session = openSession(storage);
+      const state = contentsOf(session);
+      expect(
+        liveOf(state)
+          .subarray(0, noise.length)
+          .some((byte) => byte !== 0),
+      ).toBe(true);
+      const { used } = await surveySpace(session.image, 0);
+      const before = storage.size();
+      const { clustersMoved } = await compactImage(session.image, session.list, { progress });
+      expect(clustersMoved).toBeGreaterThan(20);
+      expect(storage.size()).toBeLessThan(before);
+      await expectShort(session, 2);
+      // No more clusters than before: what lay in one still does.
+      expect((await surveySpace(session.image, 0)).used).toBeLessThanOrEqual(used + 1);
+      expect(difference(contentsOf(session), state)).toBe(undefined);
+      closeSession(session);
+      qemuCheck(storage);
+    });
+  });
+
+  it('leaves bitmaps where they are, and usable', async () => {
+    await withImage(['-o', 'cluster_size=4k'], async (path) => {
+      execFileSync('qemu-img', ['bitmap', '--add', '-f', 'qcow2', path, 'backup']);
+      qemuIo(path, 'write -q -P 8 300k 100k', 'discard 100k 90k', 'write -q -P 9 900k 100k', 'discard 300k 100k');
+      const storage = MemoryStorage.load(path);
+      const session = openSession(storage);
+      const state = contentsOf(session);
+      await compactImage(session.image, session.list, { progress });
+      expect(difference(contentsOf(session), state)).toBe(undefined);
+      closeSession(session);
+      qemuCheck(storage);
+      storage.save(path);
+      const info = execFileSync('qemu-img', ['info', '-f', 'qcow2', path], { encoding: 'utf8' });
+      expect(info).toMatch(/name: backup/);
+      expect(info).not.toMatch(/inconsistent/);
+    });
+  });
+
+  it('a cluster that nothing refers to, and one that two claim, stay', async () => {
+    const { storage, session } = halfEmpty();
+    closeSession(session);
+    const leaky = openSession(storage);
+    const state = contentsOf(leaky);
+    leaky.image.lock();
+    allocate(leaky.image, 1);
+    changeRefcount(leaky.image, Math.floor(storage.size() / 512) - 1, 1);
+    leaky.image.unlock();
+    const size = storage.size();
+    await compactImage(leaky.image, leaky.list, { progress });
+    expect(storage.size()).toBe(size);
+    expect(difference(contentsOf(leaky), state)).toBe(undefined);
+    leaky.image.lock();
+    changeRefcount(leaky.image, Math.floor(storage.size() / 512) - 1, -1);
+    leaky.image.unlock();
+    await compactImage(leaky.image, leaky.list, { progress });
+    expect(storage.size()).toBeLessThan(size);
+    expect(difference(contentsOf(leaky), state)).toBe(undefined);
+  });
+
   it('stops when it is told to, and goes on from there', async () => {
     const { storage, session, live } = halfEmpty();
     const stop = new AbortController();
@@ -164,4 +234,35 @@ function halfEmpty(): { storage: MemoryStorage; session: Session; live: Uint8Arr
     live.fill(0, at, at + 512);
   }
   return { storage, session, live };
+}
+
+const liveOf = (state: State): Uint8Array => state.versions.at(-1) as Uint8Array;
+
+function qemuIo(path: string, ...commands: string[]): void {
+  execFileSync('qemu-io', ['-f', 'qcow2', '-d', 'unmap', ...commands.flatMap((command) => ['-c', command]), path]);
+}
+
+/** An image made by qemu-img: free space, behind it compressed data of many sizes, which a snapshot shares in part. */
+async function withImage(options: readonly string[], body: (path: string) => Promise<void>): Promise<void> {
+  const folder = mkdtempSync(join(tmpdir(), 'vdskfs-compact-'));
+  try {
+    const path = join(folder, 'image.qcow2');
+    const noise = new Uint8Array(400 * 1024);
+    let seed = 7;
+    for (let at = 0; at < noise.length; at++) {
+      seed = (Math.imul(seed, 1_664_525) + 1_013_904_223) >>> 0;
+      // Each cluster compresses to another size.
+      noise[at] = at % 4096 < ((at >>> 12) * 67) % 3800 ? seed >>> 24 : 1;
+    }
+    writeFileSync(join(folder, 'noise'), noise);
+    execFileSync('qemu-img', ['create', '-q', '-f', 'qcow2', ...options, path, '1M']);
+    qemuIo(path, 'write -q -P 5 600k 300k');
+    execFileSync('qemu-img', ['convert', '-n', '-c', '-f', 'raw', '-O', 'qcow2', join(folder, 'noise'), path]);
+    qemuIo(path, 'discard 600k 280k');
+    execFileSync('qemu-img', ['snapshot', '-c', 'one', path]);
+    qemuIo(path, 'write -q -P 6 200k 60k', 'discard 0 40k');
+    await body(path);
+  } finally {
+    rmSync(folder, { recursive: true });
+  }
 }
