@@ -197,6 +197,19 @@ if (driver === 'native') {
         expect(await compared(host, checkpoint('whole'))).toBe(`restored ${BLOCKS}`);
       }));
 
+    it('an external checkpoint has memory of the same instant too', () =>
+      scene({}, async ({ host, tree, boot, control }) => {
+        const guest = await boot();
+        const overlay = (name: string): string => tree.path('disk', 'overlays', name);
+        for (const name of ['one', 'two', 'three']) await mkdir(overlay(name));
+        for (const name of ['one', 'two', 'three'])
+          expect(await compared(host, overlay(name))).toBe(`restored ${BLOCKS}`);
+        expect(await control('restore-command two')).toContain(`-r ${state(overlay('two'))}`);
+        await guest.setFault('die 9');
+        await expect(mkdir(overlay('four'))).rejects.toMatchObject({ code: 'EIO' });
+        expect((await readdir(overlay(''))).sort()).toEqual(['one', 'three', 'two']);
+      }));
+
     it('two disks are of one instant', () =>
       scene({ disks: 2 }, async ({ host, tree, boot }) => {
         await boot();
