@@ -1,37 +1,80 @@
 /** What `export` copies: the disk of an image file or of a mount, as it is now or at a checkpoint. */
-import { join } from 'node:path';
-import type { Source } from '../disk/copy-out.ts';
-import type { Disk } from '../disk/disk.ts';
+import { readdirSync } from 'node:fs';
+import { dirname, join } from 'node:path';
+import type { ByteSpan, Source } from '../disk/copy-out.ts';
+import type { Checkpoint, Disk, Work } from '../disk/disk.ts';
+import { type EarlierCheckpoint, fileSource } from '../disk/export-backing.ts';
+import type { ExportOrigin } from '../disk/export-origin.ts';
 import { FsError } from '../errors.ts';
+import type { Difference } from '../qcow2/difference.ts';
 import { HostFile } from '../storage/host-file.ts';
 import type { CheckpointPath } from './checkpoint-path.ts';
 import { findCheckpoint, withDisk } from './image-target.ts';
 import { type ListedCheckpoint, type Listing, listingOf } from './listing.ts';
-import { mountedTarget } from './mounted-target.ts';
+import { askDisk, quoted } from './mounted-target.ts';
 import { mountedDisk } from './target.ts';
 
-/** Run `action` on bytes that do not change meanwhile. */
+/** Bytes that do not change while they are copied. */
+export interface ExportSource {
+  readonly source: Source;
+  /** Of a checkpoint. */
+  readonly origin: ExportOrigin | undefined;
+  /** The smallest piece that is known to have changed or not. */
+  readonly clusterBytes: number;
+  /** What differs from an earlier checkpoint, and that checkpoint for as long as `action` runs. @throws FsError ENOENT */
+  withEarlier<T>(
+    name: string,
+    work: Work,
+    action: (changed: readonly ByteSpan[], earlier: EarlierCheckpoint) => Promise<T>,
+  ): Promise<T>;
+}
+
 export async function withSource<T>(
   { path, name }: CheckpointPath,
-  action: (source: Source) => Promise<T>,
+  action: (source: ExportSource) => Promise<T>,
 ): Promise<T> {
   const directory = mountedDisk(path);
   if (directory !== undefined) return withMounted(directory, name, action);
   return withDisk(path, { readOnly: true }, async (disk) => {
-    using opened = name === undefined ? disk.openLive() : disk.openCheckpoint(findCheckpoint(disk as Disk, name));
-    return await action(opened.contents);
+    const checkpoint = name === undefined ? undefined : findCheckpoint(disk, name);
+    using opened = checkpoint === undefined ? disk.openLive() : disk.openCheckpoint(checkpoint);
+    return await action(imageSource(disk, opened.contents, checkpoint));
   });
 }
+
+function imageSource(disk: Disk, source: Source, checkpoint: Checkpoint | undefined): ExportSource {
+  const originOf = ({ realName, id, createdMs }: Checkpoint): ExportOrigin => ({
+    disk: disk.name,
+    name: realName,
+    id,
+    createdMs,
+  });
+  return {
+    source,
+    origin: checkpoint === undefined ? undefined : originOf(checkpoint),
+    clusterBytes: disk.info().format.clusterSize,
+    async withEarlier(name, work, action) {
+      const earlier = findCheckpoint(disk, name);
+      const changed = await disk.differences(earlier, checkpoint, work);
+      using opened = disk.openCheckpoint(earlier);
+      const overlay = earlier.kind === 'external' ? earlier.id : undefined;
+      return await action(changed.map(spanOf), { origin: originOf(earlier), overlay, contents: opened.contents });
+    },
+  };
+}
+
+const spanOf = ({ offset, length }: Difference): ByteSpan => ({ from: offset, to: offset + length });
 
 async function withMounted<T>(
   directory: string,
   name: string | undefined,
-  action: (source: Source) => Promise<T>,
+  action: (source: ExportSource) => Promise<T>,
 ): Promise<T> {
   const listing = await listingOf(directory);
   if (name !== undefined) {
-    using file = HostFile.open(checkpointFile(directory, listing, name), { readOnly: true });
-    return await action(fileSource(file));
+    const { path, checkpoint } = findMounted(directory, listing, name);
+    using file = HostFile.open(path, { readOnly: true });
+    return await action(mountedSource(directory, listing, file, checkpoint));
   }
   if (listing.owner === 'attached') {
     throw new FsError(
@@ -41,19 +84,53 @@ async function withMounted<T>(
   }
   if (listing.readOnly != null) {
     using file = HostFile.open(join(directory, 'disk.raw'), { readOnly: true });
-    return await action(fileSource(file));
+    return await action(mountedSource(directory, listing, file, undefined));
   }
-  return withMoment(directory, action);
+  return withMoment(directory, (file, moment) => action(mountedSource(directory, listing, file, undefined, moment)));
 }
 
-/** disk.raw of a checkpoint of a mounted disk. @throws FsError ENOENT */
-function checkpointFile(directory: string, { snapshots, overlays }: Listing, name: string): string {
-  const by = (key: 'name' | 'realName') => (one: ListedCheckpoint) => one[key] === name;
+/** @param moment the checkpoint that holds the moment of a live disk */
+function mountedSource(
+  directory: string,
+  listing: Listing,
+  file: HostFile,
+  checkpoint: ListedCheckpoint | undefined,
+  moment?: string,
+): ExportSource {
+  const originOf = ({ name, realName = name, id, created }: ListedCheckpoint): ExportOrigin => ({
+    disk: listing.name,
+    name: realName,
+    id,
+    createdMs: Date.parse(created),
+  });
+  return {
+    source: fileSource(file),
+    origin: checkpoint === undefined ? undefined : originOf(checkpoint),
+    clusterBytes: listing.format.clusterSize,
+    async withEarlier(name, _work, action) {
+      const { path, kind, checkpoint: earlier } = findMounted(directory, listing, name);
+      const later = checkpoint?.name ?? moment;
+      const answer = askDisk(directory, 'diff', quoted(earlier.name), ...(later === undefined ? [] : [quoted(later)]));
+      using contents = HostFile.open(path, { readOnly: true });
+      const overlay = kind === 'overlays' ? earlier.id : undefined;
+      return await action((JSON.parse(answer) as Difference[]).map(spanOf), {
+        origin: originOf(earlier),
+        overlay,
+        contents: fileSource(contents),
+      });
+    },
+  };
+}
+
+/** A checkpoint of a mounted disk, and its disk.raw. @throws FsError ENOENT */
+function findMounted(directory: string, listing: Listing, name: string) {
   for (const key of ['name', 'realName'] as const) {
-    const internal = snapshots.find(by(key));
-    if (internal !== undefined) return join(directory, 'snapshots', internal.name, 'disk.raw');
-    const external = overlays.find(by(key));
-    if (external !== undefined) return join(directory, 'overlays', external.name, 'disk.raw');
+    for (const kind of ['snapshots', 'overlays'] as const) {
+      const checkpoint = listing[kind].find((one) => one[key] === name);
+      if (checkpoint !== undefined) {
+        return { path: join(directory, kind, checkpoint.name, 'disk.raw'), kind, checkpoint };
+      }
+    }
   }
   throw new FsError('ENOENT', `${directory}: no checkpoint is named ${JSON.stringify(name)}; \`vdskfs ls\` lists them`);
 }
@@ -62,32 +139,36 @@ function checkpointFile(directory: string, { snapshots, overlays }: Listing, nam
  * A disk that a guest goes on writing: a checkpoint holds the moment for as long as it is read. Where the format has no
  * checkpoints, the disk is held open for writing, which keeps others from writing it.
  */
-async function withMoment<T>(directory: string, action: (source: Source) => Promise<T>): Promise<T> {
+async function withMoment<T>(
+  directory: string,
+  action: (file: HostFile, moment: string | undefined) => Promise<T>,
+): Promise<T> {
   const name = `vdskfs-export-${process.pid}`;
-  const target = mountedTarget(directory);
   try {
-    await target.takeCheckpoint(name);
+    askDisk(directory, 'checkpoint', name, '--no-memory');
   } catch (error) {
     if (!(error instanceof FsError && error.errno === 'ENOTSUP')) throw error;
     using file = HostFile.open(join(directory, 'disk.raw'), { readOnly: false });
-    return await action(fileSource(file));
+    return await action(file, undefined);
   }
   try {
     using file = HostFile.open(join(directory, 'snapshots', name, 'disk.raw'), { readOnly: true });
-    return await action(fileSource(file));
+    return await action(file, name);
   } finally {
-    await target.deleteCheckpoint(name);
+    for (const disk of disksWith(directory, name)) askDisk(disk, 'del-checkpoint', name);
   }
 }
 
-function fileSource(file: HostFile): Source {
-  return {
-    size: () => file.size(),
-    read: (target, at, length, offset) => {
-      const got = file.read(target, at, length, offset);
-      if (got < length) throw new FsError('EIO', `${file.path}: ends at byte ${offset + got}; the disk has shrunk`);
-    },
-    nextData: (offset) => file.nextData(offset),
-    nextHole: (offset) => file.nextHole(offset),
-  };
+/** The checkpoint of a disk whose guest has several was taken in each of them. */
+function disksWith(directory: string, name: string): string[] {
+  const mount = dirname(directory);
+  return readdirSync(mount)
+    .map((disk) => join(mount, disk))
+    .filter((disk) => {
+      try {
+        return readdirSync(join(disk, 'snapshots')).includes(name);
+      } catch {
+        return false; // README
+      }
+    });
 }

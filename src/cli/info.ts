@@ -1,3 +1,4 @@
+import { statSync } from 'node:fs';
 import type { Command } from 'commander';
 import { example, IMAGE_OR_DISK } from './arguments.ts';
 import { type Listing, listingOf } from './listing.ts';
@@ -46,7 +47,20 @@ const formatChain = ({ chain }: Listing): string =>
       { head: 'LAYER', align: 'right' },
       { head: 'FORMAT', align: 'left' },
       { head: 'SIZE', align: 'right' },
+      { head: 'ON HOST', align: 'right' },
       { head: 'FILE', align: 'left' },
     ],
-    chain.map((layer, index) => [String(index), layer.format, formatSize(layer.virtualSize), printable(layer.file)]),
+    chain.map(({ file, format, virtualSize }, index) => [
+      String(index),
+      format,
+      formatSize(virtualSize),
+      hostSize(file),
+      printable(file),
+    ]),
   );
+
+/** st_blocks counts 512 bytes whatever the file system's block size (stat(2)). */
+function hostSize(file: string): string {
+  const stat = statSync(file, { throwIfNoEntry: false });
+  return stat === undefined ? '-' : formatSize(stat.blocks * 512);
+}

@@ -4,7 +4,7 @@
  * ours. mkdir and rmdir do the same, but the kernel refuses some of them without asking the server, which leaves an
  * older sentence in `control`.
  */
-import { closeSync, openSync, readFileSync, writeSync } from 'node:fs';
+import { closeSync, openSync, readSync, writeSync } from 'node:fs';
 import { join } from 'node:path';
 import { validateNewName } from '../disk/checkpoint-name.ts';
 import { type Errno, FsError } from '../errors.ts';
@@ -51,14 +51,22 @@ export const compactMounted = (directory: string): void => {
 };
 
 /** As one word of `control`, whatever is in it. */
-const quoted = (name: string): string => `"${name.replaceAll(/["\\]/g, '\\$&')}"`;
+export const quoted = (name: string): string => `"${name.replaceAll(/["\\]/g, '\\$&')}"`;
+
+/**
+ * One command of `control`, its words as they are.
+ * @returns its answer
+ * @throws FsError with the answer of `control`
+ */
+export const askDisk = (directory: string, ...words: readonly string[]): string =>
+  command(join(directory, 'control'), words.join(' '));
 
 /** Write one command. @returns its answer @throws FsError with the answer of `control` */
 function command(control: string, words: string): string {
   const fd = openSync(control, 'r+');
   try {
     writeSync(fd, `${words}\n`);
-    return readFileSync(fd, 'utf8').trim();
+    return readAnswer(fd);
   } catch (error) {
     throw withAnswer(error, fd);
   } finally {
@@ -66,12 +74,25 @@ function command(control: string, words: string): string {
   }
 }
 
+/** From where the file stands to its end, whatever its attributes say: they are of another answer. */
+function readAnswer(fd: number): string {
+  const chunks: Buffer[] = [];
+  for (;;) {
+    const chunk = Buffer.alloc(ANSWER_CHUNK_BYTES);
+    const got = readSync(fd, chunk, 0, chunk.length, null);
+    if (got === 0) return Buffer.concat(chunks).toString();
+    chunks.push(chunk.subarray(0, got));
+  }
+}
+
+const ANSWER_CHUNK_BYTES = 128 * 1024;
+
 function withAnswer(error: unknown, fd: number): unknown {
   const code = (error as NodeJS.ErrnoException).code;
   if (code === undefined) return error;
   let answer: string;
   try {
-    answer = readFileSync(fd, 'utf8').trim();
+    answer = readAnswer(fd).trim();
   } catch {
     return error; // the server is gone: the call's own error says more
   }

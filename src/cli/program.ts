@@ -6,14 +6,18 @@ import { addCompact } from './compact.ts';
 import { addCompletion } from './completion.ts';
 import { addCreate } from './create.ts';
 import { addDelete } from './delete.ts';
+import { addDiff } from './diff.ts';
 import { addExport } from './export.ts';
 import { addInfo } from './info.ts';
 import { addLs } from './ls.ts';
+import { addMerge } from './merge.ts';
 import { addMount } from './mount.ts';
+import { addRebase } from './rebase.ts';
 import { addRename } from './rename.ts';
 import { addResize } from './resize.ts';
 import { addRestore } from './restore.ts';
 import { addRollback } from './rollback.ts';
+import { addSpace } from './space.ts';
 import { addStatus } from './status.ts';
 import { addUnmount } from './unmount.ts';
 
@@ -38,9 +42,13 @@ export function createProgram(): Command {
     addRollback,
     addRestore,
     addExport,
+    addDiff,
+    addSpace,
     addResize,
     addCompact,
     addCheck,
+    addMerge,
+    addRebase,
     addCompletion,
   ]) {
     add(program);

@@ -38,3 +38,9 @@ export function mountedDisk(path: string): string | undefined {
     `${path}: a directory, but not one of a mounted disk; give an image file, or a disk's directory such as MOUNT/vm1`,
   );
 }
+
+/** For commands that change the files below a disk. @throws FsError EBUSY for a mounted disk */
+export function refuseMounted(path: string): void {
+  if (mountedDisk(path) === undefined) return;
+  throw new FsError('EBUSY', `${path}: a disk of a mount; unmount it and give the image file`);
+}

@@ -4,6 +4,7 @@ import { setImmediate as giveWay } from 'node:timers/promises';
 import type { Compressor } from '../qcow2/compressor.ts';
 import type { ImageWriter } from '../qcow2/image-writer.ts';
 import type { Storage } from '../storage/storage.ts';
+import type { Work } from './disk.ts';
 
 /** The bytes to copy: a disk's `Contents`, or a plain file. They must not change meanwhile. */
 export interface Source {
@@ -15,14 +16,6 @@ export interface Source {
   nextData(offset: number): number;
   /** First offset ≥ `offset` in a hole; `size()` if there is none. */
   nextHole(offset: number): number;
-}
-
-/** Long work as its caller sees it. */
-export interface Work {
-  /** Told how far it has come, 0 to 1. */
-  readonly progress: (fraction: number) => void;
-  /** Throws when the work is to end. Called between pieces. */
-  readonly check: () => void;
 }
 
 /** Bytes [from, to) of a disk. */
@@ -40,7 +33,7 @@ const PAGE_BYTES = 4096;
 const isZero = (bytes: Uint8Array, at: number, length: number): boolean =>
   ZEROS.compare(bytes, at, at + length, 0, length) === 0;
 
-/** A plain disk. `target` is an empty file. @throws FsError ENOSPC, EIO, what the source and `work.check` throw */
+/** A plain disk. `target` is an empty file. @throws FsError ENOSPC, EIO, what the source throws, the signal's reason */
 export async function copyToRaw(source: Source, target: Storage, work: Work): Promise<void> {
   target.truncate(source.size());
   const visit = async (bytes: Uint8Array, length: number, offset: number): Promise<void> => {
@@ -90,7 +83,7 @@ export async function copyToImage(
   let done = 0;
   for (const span of all) {
     const length = span.to - span.from;
-    const progress = (fraction: number): void => work.progress((done + fraction * length) / total);
+    const progress = (fraction: number): void => work.progress?.((done + fraction * length) / total);
     await eachPiece(source, span, clusterBytes, { ...work, progress }, { data, hole: zeros });
     done += length;
   }
@@ -156,9 +149,9 @@ async function eachPiece(
       const length = Math.min(PIECE_BYTES, end - position);
       source.read(bytes, 0, length, position);
       await visit.data(bytes, length, position);
-      work.progress((position - from) / (to - from));
+      work.progress?.((position - from) / (to - from));
       await giveWay();
-      work.check();
+      work.signal?.throwIfAborted();
     }
     position = end;
   }

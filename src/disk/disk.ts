@@ -1,5 +1,6 @@
 /** A disk: a chain of images under one name, its checkpoints, and the views of its bytes. */
 import type { GuestIdentity } from '../guest/guest.ts';
+import type { Difference } from '../qcow2/difference.ts';
 
 /**
  * One thread's access to the bytes of a disk at one moment: the live contents or a checkpoint's. Synchronous;
@@ -94,6 +95,26 @@ export interface DiskInfo {
   readonly chain: readonly { readonly file: string; readonly format: 'qcow2' | 'raw'; readonly virtualSize: number }[];
 }
 
+/** Host bytes of clusters, tables included. */
+export interface Space {
+  /** Nothing else refers to them. */
+  readonly own: number;
+  /** Other checkpoints, or the disk as it is now, refer to them, too. */
+  readonly shared: number;
+}
+
+export interface CheckpointSpace extends Space {
+  readonly checkpoint: Checkpoint;
+  /** What the host gets back when it is deleted. */
+  readonly freed: number;
+}
+
+export interface DiskSpace {
+  /** In the order of `checkpoints()`. */
+  readonly checkpoints: readonly CheckpointSpace[];
+  readonly live: Space;
+}
+
 /** What runs on the disk right now; `progress` from 0 to 1. */
 export interface Operation {
   readonly name: string;
@@ -139,6 +160,14 @@ export interface PendingCheckpoint {
   publish(details: CheckpointDetails): Promise<Checkpoint>;
   /** No trace stays, its clusters are free again. Does nothing after `publish` or another `abandon`. */
   abandon(): Promise<void>;
+}
+
+/** Long work as its caller sees it. */
+export interface Work {
+  /** Told how far it has come, 0 to 1. */
+  readonly progress?: (fraction: number) => void;
+  /** Breaks it off; it throws the signal's reason. */
+  readonly signal?: AbortSignal;
 }
 
 export interface TakeOptions {
@@ -213,6 +242,14 @@ export interface Disk {
    * disk, in between. EROFS, ENOSPC, EINTR.
    */
   compact(options?: CompactOptions): Promise<CompactReport>;
+
+  /**
+   * Where the disk at `to` differs from what it was at `from`, by the tables alone, no data is read; undefined: now. A disk
+   * that is being written is compared as it is while the tables are read.
+   */
+  differences(from: Checkpoint | undefined, to: Checkpoint | undefined, work?: Work): Promise<readonly Difference[]>;
+  /** By the tables alone, too. */
+  space(work?: Work): Promise<DiskSpace>;
 
   operation(): Operation | undefined;
   /** Resolves when writes are taken again. */

@@ -47,6 +47,25 @@ export async function openChain(path: string, options: OpenChainOptions): Promis
   }
 }
 
+/**
+ * Open what may be a backing file, a qcow2 image with all below it or a raw file, for reading.
+ * @throws FsError with nothing left open
+ */
+export async function openBacking(path: string, cacheBytes: number): Promise<Layer> {
+  const file = HostFile.open(path, { readOnly: true });
+  try {
+    if (!looksLikeQcow2(file)) {
+      lockImage(file.fd, path, 'read');
+      return new Layer({ path, file }, undefined, undefined);
+    }
+  } catch (error) {
+    file[Symbol.dispose]();
+    throw error;
+  }
+  file[Symbol.dispose]();
+  return (await openChain(path, { readOnly: true, cacheBytes })).top;
+}
+
 /** Open a file and note it as one to close. */
 function openFile(path: string, readOnly: boolean, opened: HostFile[]): HostFile {
   const file = HostFile.open(path, { readOnly });
@@ -205,7 +224,7 @@ function snapshotsBelow(file: HostFile, header: Header): SnapshotList {
 }
 
 /** Magic of a qcow2 file: for overlays that do not record the format of their backing file. */
-function looksLikeQcow2(file: HostFile): boolean {
+export function looksLikeQcow2(file: HostFile): boolean {
   const magic = new Uint8Array(4);
   file.read(magic, 0, 4, 0);
   return magic[0] === 0x51 && magic[1] === 0x46 && magic[2] === 0x49 && magic[3] === 0xfb;
@@ -222,6 +241,9 @@ function locate(imagePath: string, name: string, what: string): string {
   }
   return resolve(dirname(imagePath), plain);
 }
+
+/** Absolute path of the backing file that an image names. @throws FsError ENOTSUP for what is no plain file name */
+export const locateBacking = (imagePath: string, name: string): string => locate(imagePath, name, 'backing file');
 
 /** As `locate`; QEMU looks for a relative data file from its working directory, so that comes second. */
 function locateData(imagePath: string, name: string): string {

@@ -4,6 +4,7 @@ import { FsError } from '../errors.ts';
 import type { GuestIdentity } from '../guest/guest.ts';
 import { compactImage } from '../qcow2/compact/compact.ts';
 import { dataClusters } from '../qcow2/data-clusters.ts';
+import { type Difference, differences, type Moment } from '../qcow2/difference.ts';
 import { closeGate, gateOpen, openGate } from '../qcow2/gate.ts';
 import { compatible, type Header, incompatible } from '../qcow2/header.ts';
 import { type Image, number } from '../qcow2/image.ts';
@@ -18,6 +19,7 @@ import {
   type SnapshotList,
   vmStateOffset,
 } from '../qcow2/snapshots.ts';
+import { inSteps, type Steps } from '../qcow2/steps.ts';
 import { freezeSnapshot } from '../qcow2/take-snapshot.ts';
 import { shownNames, validateNewName } from './checkpoint-name.ts';
 import { type CheckpointRecord, decodeGuest, decodeRecord } from './checkpoint-record.ts';
@@ -30,17 +32,21 @@ import type {
   DeleteOptions,
   Disk,
   DiskInfo,
+  DiskSpace,
   OpenContents,
   Operation,
   PendingCheckpoint,
   TakeOptions,
+  Work,
 } from './disk.ts';
 import type { Layer, LayerImage } from './layer.ts';
 import type { LayerTree } from './layer-tree.ts';
+import { momentOf } from './moments.ts';
 import { diskNameOf } from './overlay-files.ts';
 import { Overlays } from './overlays.ts';
 import type { PendingOverlay } from './pending-overlay.ts';
 import { PendingSnapshot } from './pending-snapshot.ts';
+import { diskSpace } from './space.ts';
 import { detailsText, memoryOffset } from './state-archive.ts';
 import { nextViewId, Views } from './views.ts';
 
@@ -360,6 +366,44 @@ export class OpenedDisk implements Disk {
         );
       }
     }
+  }
+
+  differences(
+    from: Checkpoint | undefined,
+    to: Checkpoint | undefined,
+    work: Work = {},
+  ): Promise<readonly Difference[]> {
+    return this.#measure('diff', () => differences(this.#momentOf(from), this.#momentOf(to)), work);
+  }
+
+  space(work: Work = {}): Promise<DiskSpace> {
+    const find = (checkpoint: Checkpoint) => {
+      if (checkpoint.kind === 'external') return { overlay: this.#overlays.overlayOf(checkpoint) };
+      const entry = this.#entryOf(checkpoint);
+      return { entry, layer: this.#holders.get(entry) as Layer };
+    };
+    const { active, layers } = this.#tree;
+    return this.#measure('space', () => diskSpace({ active, layers, checkpoints: this.checkpoints(), find }), work);
+  }
+
+  /** Read tables, while other operations wait, and writes do not. */
+  #measure<T>(name: string, steps: () => Steps<T>, { progress, signal }: Work): Promise<T> {
+    return this.#exclusive(name, (showProgress) =>
+      inSteps(steps(), {
+        progress: (fraction) => {
+          showProgress(fraction);
+          progress?.(fraction);
+        },
+        ...(signal === undefined ? {} : { signal }),
+      }),
+    );
+  }
+
+  #momentOf(checkpoint: Checkpoint | undefined): Moment {
+    if (checkpoint === undefined) return momentOf(this.#tree.active);
+    if (checkpoint.kind === 'external') return momentOf(this.#overlays.overlayOf(checkpoint).below as Layer);
+    const entry = this.#entryOf(checkpoint);
+    return momentOf(this.#holders.get(entry) as Layer, entry);
   }
 
   operation(): Operation | undefined {

@@ -85,6 +85,11 @@ export class Overlays {
     return this.#host.views.layer(() => shownBy(point.overlay), this.#pin(point));
   }
 
+  /** The layer that was made for it. @throws FsError ENOENT */
+  overlayOf(checkpoint: Checkpoint): Layer {
+    return this.#point(checkpoint).overlay;
+  }
+
   openOverlay(checkpoint: Checkpoint): OpenContents {
     const point = this.#point(checkpoint);
     return this.#host.views.file(point.overlay.path, this.#pin(point));

@@ -15,6 +15,8 @@ export const extensionType = {
   DATA_FILE: 0x4441_5441,
   /** 'vdsk': this program's own, see session-mark.ts. */
   SESSION: 0x7664_736b,
+  /** 'vdsx': this program's own, see export-origin.ts. */
+  ORIGIN: 0x7664_7378,
   /** 'vdso': this program's own, see overlay-mark.ts. */
   OVERLAY: 0x7664_736f,
   /** 'vdsa': this program's own, see overlay-mark.ts. */

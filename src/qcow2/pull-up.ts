@@ -149,7 +149,7 @@ function mixed(between: readonly OwnLayer[], base: Backing | undefined, offset: 
 }
 
 /** Copy what shows in [from, to) to where the image has nothing; zeros as such. Returns the bytes written. As a writer. */
-function fillIn(upper: Image, base: Backing | undefined, buffer: Uint8Array, from: number, to: number): number {
+export function fillIn(upper: Image, base: Backing | undefined, buffer: Uint8Array, from: number, to: number): number {
   const { unitBytes, version } = upper.geometry;
   readBelow(upper, buffer, from, to);
   let moved = 0;

@@ -107,6 +107,27 @@ const commands: readonly Command[] = [
     },
   },
   {
+    name: 'diff',
+    usage: 'FROM [TO]',
+    help: 'what changed between two checkpoints, or from one until now, as JSON; names with spaces in double quotes',
+    run: async (mounted, rest, signal) => {
+      const [from, to, ...more] = splitWords(rest);
+      if (from === undefined || more.length > 0) throw wrongUsage('diff');
+      const later = to === undefined ? undefined : mounted.find(to);
+      return JSON.stringify(await mounted.disk.differences(mounted.find(from), later, { signal }));
+    },
+  },
+  {
+    name: 'space',
+    usage: '',
+    help: 'the bytes that each checkpoint has to itself, shares, and frees when it is deleted, as JSON',
+    run: async ({ disk }, _rest, signal) => {
+      const { checkpoints, live } = await disk.space({ signal });
+      const listed = checkpoints.map(({ checkpoint: { name, kind }, ...bytes }) => ({ name, kind, ...bytes }));
+      return JSON.stringify({ checkpoints: listed, live });
+    },
+  },
+  {
     name: 'suspend',
     usage: 'NAME',
     help: 'checkpoint with memory, then the guest ends',

@@ -1,13 +1,13 @@
 import fc from 'fast-check';
 import { describe, expect, it } from 'vitest';
-import { type ByteSpan, copyToImage, copyToRaw, type Source, type Work } from '../../src/disk/copy-out.ts';
+import { type ByteSpan, copyToImage, copyToRaw, type Source } from '../../src/disk/copy-out.ts';
 import { compressorFor } from '../../src/qcow2/compressor.ts';
 import { ImageWriter } from '../../src/qcow2/image-writer.ts';
 import { readRange } from '../../src/qcow2/read.ts';
 import { openSession, patternBacking, qemuCheck } from '../qcow2/model.ts';
 import { MemoryStorage } from '../storage/memory-storage.ts';
 
-const work: Work = { progress: () => {}, check: () => {} };
+const work = {};
 
 /** A disk of runs: data, zeros that are allocated, holes. */
 function sourceOf(runs: readonly { readonly kind: 'data' | 'zeros' | 'hole'; readonly length: number }[]) {
@@ -99,11 +99,14 @@ describe('a copy', () => {
 
   it('ends where it is told to, between two pieces', async () => {
     const { source } = sourceOf([{ kind: 'data', length: 5 * 2 ** 20 }]);
+    const controller = new AbortController();
     let pieces = 0;
-    const check = (): void => {
-      if (++pieces === 2) throw new Error('enough');
+    const progress = (): void => {
+      if (++pieces === 2) controller.abort(new Error('enough'));
     };
-    await expect(copyToRaw(source, new MemoryStorage(), { ...work, check })).rejects.toThrow('enough');
+    const { signal } = controller;
+    await expect(copyToRaw(source, new MemoryStorage(), { progress, signal })).rejects.toThrow('enough');
+    expect(pieces).toBe(2);
   });
 
   it('of an empty disk is an image', async () => {

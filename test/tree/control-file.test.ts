@@ -31,7 +31,14 @@ describe('control', () => {
         'del-checkpoint NAME',
         'ext-checkpoint NAME [--no-memory]',
       ],
-      ...['del-ext-checkpoint NAME [--discard]', 'rename OLD NEW', 'rollback NAME', 'resize BYTES [--shrink]'],
+      ...[
+        'del-ext-checkpoint NAME [--discard]',
+        'rename OLD NEW',
+        'diff FROM [TO]',
+        'space',
+        'rollback NAME',
+        'resize BYTES [--shrink]',
+      ],
       ...[
         'suspend NAME',
         'restore-command NAME',
@@ -77,6 +84,32 @@ describe('control', () => {
     expect(await checkpoints()).toEqual(['say "b"']);
     await run('del-checkpoint "say \\"b\\""');
     expect(await checkpoints()).toEqual([]);
+  });
+
+  it('tells what changed, and what each checkpoint takes, as JSON', async () => {
+    disk.live.write(Buffer.from('old'), 0, 3, 0);
+    await run('checkpoint a');
+    disk.live.write(Buffer.from('new'), 0, 3, 8192);
+    await run('checkpoint "b c"');
+    await run('diff a');
+    expect(JSON.parse(await answer())).toEqual([{ offset: 8192, length: 4096, kind: 'data' }]);
+    await run('diff "b c" a');
+    expect(JSON.parse(await answer())).toEqual([{ offset: 8192, length: 4096, kind: 'zero' }]);
+    await run('diff "b c"');
+    expect(JSON.parse(await answer())).toEqual([]);
+    await run('space');
+    expect(JSON.parse(await answer())).toEqual({
+      checkpoints: ['a', 'b c'].map((name) => ({ name, kind: 'internal', own: 1, shared: 2, freed: 3 })),
+      live: { own: 4, shared: 5 },
+    });
+    for (const [line, errno] of [
+      ['diff', 'EINVAL'],
+      ['diff a b c', 'EINVAL'],
+      ['diff none', 'ENOENT'],
+      ['space a', 'EINVAL'],
+    ] as const) {
+      expect(await errnoOf(run(line))).toBe(errno);
+    }
   });
 
   it('takes the name shown first, else the first checkpoint of that real name', async () => {

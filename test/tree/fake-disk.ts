@@ -8,6 +8,7 @@ import type {
   Contents,
   Disk,
   DiskInfo,
+  DiskSpace,
   OpenContents,
   OpenState,
   Operation,
@@ -17,8 +18,10 @@ import type {
   TakeOptions,
 } from '../../src/disk/disk.ts';
 import { FsError } from '../../src/errors.ts';
+import type { Difference } from '../../src/qcow2/difference.ts';
 
 const PAGE = 4096;
+const NONE = new Uint8Array();
 
 /** Sparse bytes. */
 export class FakeContents implements Contents {
@@ -319,6 +322,20 @@ export class FakeDisk implements Disk {
 
   async compact(): Promise<CompactReport> {
     return { bytesBefore: 3000, bytesAfter: 2000 };
+  }
+
+  async differences(from: Checkpoint | undefined, to: Checkpoint | undefined): Promise<Difference[]> {
+    const [before, after] = [from, to].map((one) => (one === undefined ? this.live : this.#snapshot(one).contents));
+    const pages = new Set([...before!.pages.keys(), ...after!.pages.keys()]);
+    return [...pages]
+      .sort((a, b) => a - b)
+      .filter((page) => Buffer.compare(before!.pages.get(page) ?? NONE, after!.pages.get(page) ?? NONE) !== 0)
+      .map((page) => ({ offset: page * PAGE, length: PAGE, kind: after!.pages.has(page) ? 'data' : 'zero' }));
+  }
+
+  async space(): Promise<DiskSpace> {
+    const checkpoints = this.#checkpoints.map((checkpoint) => ({ checkpoint, own: 1, shared: 2, freed: 3 }));
+    return { checkpoints, live: { own: 4, shared: 5 } };
   }
 
   operation(): Operation | undefined {
