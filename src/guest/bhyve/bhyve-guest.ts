@@ -113,7 +113,7 @@ class BhyveGuest implements Guest {
           guest: this.#target,
           runDirectory: this.#runDirectory,
           findSocket: () => this.#socket(),
-          isAlive: async () => (running === undefined ? this.#isAlive() : this.#isStill(running)),
+          isAlive: () => (running === undefined ? this.#isAlive() : this.#isStill(running)).catch(() => true),
         },
         target,
       );

@@ -15,7 +15,7 @@ import { checkPathLength } from './generation.ts';
 export interface Saver {
   readonly guest: BhyvectlTarget;
   readonly runDirectory: string;
-  /** Whether its process, or at least its socket, is there. */
+  /** Whether its process, or at least its socket, is there; true also if that cannot be found out just now. */
   isAlive(): Promise<boolean>;
   findSocket(): Promise<ControlSocket | undefined>;
 }
@@ -90,9 +90,9 @@ async function refusalOf(answered: Promise<Answer>, target: SaveTarget): Promise
   }
 }
 
-/** Whether the guest has created a file yet. */
+/** Whether the guest has created a file yet. A folder that is gone has none. */
 async function hasStarted({ directory }: SaveTarget): Promise<boolean> {
-  return (await readdir(directory)).length > 0;
+  return (await readdir(directory).catch(() => [])).length > 0;
 }
 
 /**
