@@ -40,7 +40,7 @@ export function mountedTarget(directory: string): Target {
  * @returns the path of its memory, for the guest to start from
  */
 export const rollBackToRestore = (directory: string, name: string): string =>
-  command(join(directory, 'control'), `restore ${quoted(name)}`);
+  command(join(directory, 'control'), `restore ${quoted(name)}`).replace(/\n$/, '');
 
 /**
  * The kernel passes Ctrl-C on to the serving process, which ends the work between two steps.

@@ -121,14 +121,19 @@ async function expectNoTrace({ tree, disk }: Scene): Promise<void> {
   expect((await stat(disk)).size).toBe(64 * 2 ** 20);
 }
 
-/** The guest goes on writing, and its disk takes it. */
-async function expectToRun(guest: RunningGuest, { disk }: Scene): Promise<void> {
+/** Someone writes to the disk, and it takes it. */
+async function expectChange(disk: string): Promise<void> {
   const start = async (): Promise<Buffer> => {
     await using file = await open(disk);
     return (await file.read(Buffer.alloc(1 << 20), 0, 1 << 20, 0)).buffer;
   };
   const before = await start();
   await expect.poll(async () => before.equals(await start()), { timeout: 10_000, interval: 10 }).toBe(false);
+}
+
+/** The guest goes on writing. */
+async function expectToRun(guest: RunningGuest, { disk }: Scene): Promise<void> {
+  await expectChange(disk);
   expect(await run('kill', ['-0', String(guest.pid)])).toMatchObject({ status: 0 });
 }
 
@@ -364,6 +369,42 @@ if (driver === 'native') {
         expect(await runOk(process.execPath, args, { env })).toBe(`restored ${BLOCKS}\n`);
       }));
   });
+
+  it('vdskfs restore rolls back every disk of the guest', () =>
+    scene({ disks: 2 }, async ({ host, tree, boot, vm, disk, disk2 }) => {
+      const guest = await boot();
+      await mkdir(tree.path('disk2', 'snapshots', 'both'));
+      await expectChange(disk2);
+      guest.kill();
+      await guest.ended;
+      const devices = ['-s', `3,virtio-blk,${disk}`, '-s', `4,virtio-blk,${disk2}`];
+      const restored = await vdskfs(
+        ['restore', tree.path('disk'), 'both', '--', join(host.bin, 'bhyve'), '-H', ...devices, vm],
+        { env: { ...host.env, BHYVE_COMPARE: '1' } },
+      );
+      expect(restored).toMatchObject({ status: 0, stdout: `restored ${2 * BLOCKS}\n`, stderr: '' });
+    }));
+
+  it('a guest of the name of its disk is found by itself, unless it is told that there is none', () =>
+    withDirectory(async (directory) => {
+      const host = await installBhyve(directory);
+      const vm = `e2e${process.pid}-found`;
+      const image = join(directory, `${vm}.qcow2`);
+      await runOk('qemu-img', ['create', '-q', '-f', 'qcow2', image, '64M']);
+      for (const args of [[], ['--guest', `${vm}=none`]]) {
+        const name = `with${args.length}`;
+        await withMount(image, { args, env: host.env }, async (tree) => {
+          const guest = await startGuest(host, vm, { disks: [tree.path(vm, 'disk.raw')], delayUs: 100 });
+          try {
+            await mkdir(tree.path(vm, 'snapshots', name));
+            expect((await readdir(tree.path(vm, 'snapshots', name))).includes('state')).toBe(args.length === 0);
+          } finally {
+            guest.kill();
+            await guest.ended;
+          }
+        });
+      }
+    }));
 
   it('restore-command still works after everything was restarted, and takes the devices of --guest-config', () =>
     withDirectory(async (directory) => {
