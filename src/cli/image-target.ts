@@ -1,5 +1,5 @@
 /** An image file that is not mounted: opened for one command, changed, closed. */
-import type { Checkpoint, Disk } from '../disk/disk.ts';
+import type { Checkpoint, CheckpointKind, Disk } from '../disk/disk.ts';
 import { FsError } from '../errors.ts';
 import { servedImage } from './state.ts';
 import type { Target } from './target.ts';
@@ -7,14 +7,17 @@ import { uninterrupted } from './uninterrupted.ts';
 
 /** Open the image for writing, run `action`, close it. */
 export function withImage(path: string, action: (target: Target) => Promise<void>): Promise<void> {
-  return uninterrupted(() =>
-    withDisk(path, { readOnly: false }, (disk) => {
-      if (disk.readOnly !== undefined) {
-        throw new FsError('EROFS', `${path}: cannot be changed: ${disk.readOnly}`);
-      }
-      return action(imageTarget(disk));
-    }),
-  );
+  return uninterrupted(() => withWritable(path, action));
+}
+
+/** As `withImage`, for long work that watches for Ctrl-C itself. */
+export function withWritable(path: string, action: (target: Target) => Promise<void>): Promise<void> {
+  return withDisk(path, { readOnly: false }, (disk) => {
+    if (disk.readOnly !== undefined) {
+      throw new FsError('EROFS', `${path}: cannot be changed: ${disk.readOnly}`);
+    }
+    return action(imageTarget(disk));
+  });
 }
 
 /** Open a disk, run `action`, close it whatever happens. The action's failure counts before the closing's. */
@@ -56,11 +59,13 @@ export function withMountOf(path: string, error: unknown): unknown {
 
 function imageTarget(disk: Disk): Target {
   return {
-    async takeCheckpoint(name) {
-      await disk.takeCheckpoint(name);
+    async takeCheckpoint(name, { external = false } = {}) {
+      await disk.takeCheckpoint(name, { kind: external ? 'external' : 'internal' });
     },
-    async deleteCheckpoint(name) {
-      await disk.deleteCheckpoint(findCheckpoint(disk, name));
+    async deleteCheckpoint(name, { external = false, ...options } = {}) {
+      await disk.deleteCheckpoint(findCheckpoint(disk, name, external ? 'external' : 'internal'), options);
+      const what = options.discard ? '; what was written since it was taken is discarded' : '';
+      return `checkpoint ${JSON.stringify(name)} deleted${what}`;
     },
     async renameCheckpoint(oldName, newName) {
       await disk.renameCheckpoint(findCheckpoint(disk, oldName), newName);
@@ -75,8 +80,12 @@ function imageTarget(disk: Disk): Target {
 }
 
 /** The name it is shown under first, else the first whose real name it is. @throws FsError ENOENT */
-export function findCheckpoint(disk: Pick<Disk, 'imagePath' | 'checkpoints'>, name: string): Checkpoint {
-  const all = disk.checkpoints();
+export function findCheckpoint(
+  disk: Pick<Disk, 'imagePath' | 'checkpoints'>,
+  name: string,
+  kind?: CheckpointKind,
+): Checkpoint {
+  const all = disk.checkpoints().filter((one) => kind === undefined || one.kind === kind);
   const found = all.find((one) => one.name === name) ?? all.find((one) => one.realName === name);
   if (found !== undefined) return found;
   const hint = all.length === 0 ? 'it has none' : '`vdskfs ls` lists them';

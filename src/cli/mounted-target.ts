@@ -15,12 +15,16 @@ export function mountedTarget(directory: string): Target {
   const control = join(directory, 'control');
   const named = (...names: readonly string[]): string => names.map(quoted).join(' ');
   return {
-    async takeCheckpoint(name, { withoutMemory = false } = {}) {
+    async takeCheckpoint(name, { withoutMemory = false, external = false } = {}) {
       validateNewName(name);
-      command(control, `checkpoint ${named(name)}${withoutMemory ? ' --no-memory' : ''}`);
+      command(
+        control,
+        `${external ? 'ext-checkpoint' : 'checkpoint'} ${named(name)}${withoutMemory ? ' --no-memory' : ''}`,
+      );
     },
-    async deleteCheckpoint(name) {
-      command(control, `del-checkpoint ${named(name)}`);
+    async deleteCheckpoint(name, { external = false, discard = false } = {}) {
+      const words = external ? 'del-ext-checkpoint' : 'del-checkpoint';
+      return command(control, `${words} ${named(name)}${discard ? ' --discard' : ''}`).trim();
     },
     async renameCheckpoint(oldName, newName) {
       validateNewName(newName);

@@ -8,12 +8,25 @@ import { mountedTarget } from './mounted-target.ts';
 export interface TakeOptions {
   /** Leave the memory of a running guest out. An image that is not mounted has no guest. */
   readonly withoutMemory?: boolean;
+  /** In an overlay instead of in the image. */
+  readonly external?: boolean;
+}
+
+export interface DeleteOptions {
+  /** Of that name, the external one. */
+  readonly external?: boolean;
+  /** External: throw away what was written since. */
+  readonly discard?: boolean;
+  /** Work on an image that is not mounted: how far it has come, and what breaks it off. */
+  readonly progress?: (fraction: number) => void;
+  readonly signal?: AbortSignal;
 }
 
 /** The changes that both kinds take. Each is durable when it resolves. @throws FsError */
 export interface Target {
   takeCheckpoint(name: string, options?: TakeOptions): Promise<void>;
-  deleteCheckpoint(name: string): Promise<void>;
+  /** @returns what was done, in a sentence */
+  deleteCheckpoint(name: string, options?: DeleteOptions): Promise<string>;
   renameCheckpoint(oldName: string, newName: string): Promise<void>;
   rollback(name: string): Promise<void>;
   resize(bytes: number, options: { readonly shrink: boolean }): Promise<void>;

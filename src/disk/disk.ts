@@ -180,20 +180,20 @@ export interface TakeOptions {
 export interface DeleteOptions {
   /** External: throw away what was written since, instead of merging. */
   readonly discard?: boolean;
+  /** How far a merge has come, 0 to 1. */
+  readonly progress?: (fraction: number) => void;
   /** Breaks a merge off; what has been moved stays moved, and nothing is lost. */
   readonly signal?: AbortSignal;
 }
 
 export interface CompactOptions {
-  /** Nobody has a view of the disk: then the layers below the live one are compacted, too. */
-  readonly atRest?: boolean;
   /** Fraction done, 0 to 1. */
   readonly progress?: (fraction: number) => void;
   /** Breaks it off: what has been moved stays moved. */
   readonly signal?: AbortSignal;
 }
 
-/** Bytes of the files. */
+/** Bytes of the image file. */
 export interface CompactReport {
   readonly bytesBefore: number;
   readonly bytesAfter: number;
@@ -240,7 +240,7 @@ export interface Disk {
   /** Grow, or shrink with `shrink`; else EPERM. */
   resize(bytes: number, options: { shrink: boolean }): Promise<void>;
   /**
-   * Make the live image's file as short as what it holds. Reads and writes go on, and so do other operations of the
+   * Make the active image's file as short as what it holds. Reads and writes go on, and so do other operations of the
    * disk, in between. EROFS, ENOSPC, EINTR.
    */
   compact(options?: CompactOptions): Promise<CompactReport>;

@@ -23,7 +23,7 @@ export interface TreeOptions {
 
 export class LayerTree implements Disposable {
   /** The image that the disk is named after. */
-  readonly bottom: Layer;
+  #bottom: Layer;
   readonly options: TreeOptions;
   /** Why nothing can be written, although that was asked for. */
   readonly unwritable: string | undefined;
@@ -38,7 +38,7 @@ export class LayerTree implements Disposable {
     options: TreeOptions,
     unwritable: string | undefined,
   ) {
-    this.bottom = bottom;
+    this.#bottom = bottom;
     this.#active = active;
     this.#layers = new Set(layers);
     this.options = options;
@@ -82,6 +82,15 @@ export class LayerTree implements Disposable {
     }
   }
 
+  get bottom(): Layer {
+    return this.#bottom;
+  }
+
+  /** An overlay has taken over the name of the image, with all that is in it. */
+  replaceBottom(layer: Layer): void {
+    this.#bottom = layer;
+  }
+
   /** The layer that is written. */
   get active(): Layer {
     return this.#active;
@@ -120,9 +129,14 @@ export class LayerTree implements Disposable {
     this.#active = layer;
   }
 
-  /** The layer's file is part of the disk no more. Views of other threads must have let go of it. */
-  remove(layer: Layer): void {
+  /** The layer is part of the disk no more. */
+  forget(layer: Layer): void {
     this.#layers.delete(layer);
+  }
+
+  /** As `forget`, and closes it: views of other threads must have let go of it. */
+  remove(layer: Layer): void {
+    this.forget(layer);
     layer[Symbol.dispose]();
   }
 

@@ -94,6 +94,12 @@ export class Layer implements Disposable {
     return this.chain.map((layer) => layer.#shared);
   }
 
+  /** The file has another name now. */
+  moveTo(path: string): void {
+    this.path = path;
+    this.file.moveTo(path);
+  }
+
   /** Another layer is below it from now on, with the same contents. Other threads attach their views anew. */
   follow(below: Layer | undefined): void {
     this.#below = below;

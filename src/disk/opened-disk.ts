@@ -23,7 +23,6 @@ import { inSteps, type Steps } from '../qcow2/steps.ts';
 import { freezeSnapshot } from '../qcow2/take-snapshot.ts';
 import { shownNames, validateNewName } from './checkpoint-name.ts';
 import { type CheckpointRecord, decodeGuest, decodeRecord } from './checkpoint-record.ts';
-import { compactFrozen } from './compact-layer.ts';
 import type {
   Checkpoint,
   CheckpointDetails,
@@ -81,6 +80,8 @@ export class OpenedDisk implements Disk {
   /** Operations that have been asked for and not begun. */
   #waiting = 0;
   #closed = false;
+  /** Long work that can go on another time ends when the disk is closed. */
+  readonly #closing = new AbortController();
 
   constructor(tree: LayerTree) {
     this.imagePath = tree.bottom.path;
@@ -271,9 +272,10 @@ export class OpenedDisk implements Disk {
     };
   }
 
-  async deleteCheckpoint(checkpoint: Checkpoint, _options: DeleteOptions = {}): Promise<void> {
+  async deleteCheckpoint(checkpoint: Checkpoint, options: DeleteOptions = {}): Promise<void> {
+    if (checkpoint.kind === 'external') return this.#deleteOverlay(checkpoint, options);
     return this.#exclusive(`del-checkpoint ${checkpoint.name}`, async (progress) => {
-      this.#checkWritable();
+      await this.#checkChangeable();
       const entry = this.#changeable(checkpoint);
       if ((this.#pins.get(entry) ?? 0) > 0) {
         throw new FsError(
@@ -292,9 +294,40 @@ export class OpenedDisk implements Disk {
     });
   }
 
+  async #deleteOverlay(checkpoint: Checkpoint, { discard = false, signal, progress }: DeleteOptions): Promise<void> {
+    const closing = this.#closing.signal;
+    return this.#exclusive(`del-ext-checkpoint ${checkpoint.name}${discard ? ' --discard' : ''}`, async (shown) => {
+      this.#checkWritable();
+      const sizeBefore = this.virtualSize();
+      try {
+        if (discard) await this.#overlays.discard(checkpoint);
+        else {
+          const signals = signal === undefined ? closing : AbortSignal.any([signal, closing]);
+          await this.#overlays.delete(checkpoint, {
+            progress: (fraction) => {
+              shown(fraction);
+              progress?.(fraction);
+            },
+            signal: signals,
+          });
+        }
+      } finally {
+        this.#layersChanged();
+        if (discard) this.#contentsChanged(sizeBefore);
+      }
+    });
+  }
+
   async renameCheckpoint(checkpoint: Checkpoint, newName: string): Promise<Checkpoint> {
     return this.#exclusive(`rename ${checkpoint.name}`, async () => {
       this.#checkWritable();
+      if (checkpoint.kind === 'external') {
+        try {
+          return await this.#overlays.rename(checkpoint, newName);
+        } finally {
+          this.#layersChanged();
+        }
+      }
       const entry = this.#changeable(checkpoint);
       validateNewName(newName);
       if (newName === checkpoint.name && newName === checkpoint.realName) return checkpoint;
@@ -311,17 +344,37 @@ export class OpenedDisk implements Disk {
 
   async rollback(checkpoint: Checkpoint): Promise<void> {
     return this.#exclusive(`rollback ${checkpoint.name}`, async (progress) => {
-      this.#checkWritable();
       const sizeBefore = this.virtualSize();
-      await applySnapshot(this.#image, this.#changeable(checkpoint), progress);
-      this.#tell('contents');
-      if (this.virtualSize() !== sizeBefore) this.#tell('size');
+      if (checkpoint.kind === 'external') {
+        this.#checkWritable();
+        try {
+          await this.#overlays.rollback(checkpoint);
+        } finally {
+          this.#layersChanged();
+        }
+      } else {
+        await this.#checkChangeable();
+        await applySnapshot(this.#image, this.#changeable(checkpoint), progress);
+      }
+      this.#contentsChanged(sizeBefore);
     });
+  }
+
+  #contentsChanged(sizeBefore: number): void {
+    this.#tell('contents');
+    if (this.virtualSize() !== sizeBefore) this.#tell('size');
+  }
+
+  /** There are other layers, and so other checkpoints. */
+  #layersChanged(): void {
+    this.#overlays.relist();
+    this.#relist();
+    this.#tell('checkpoints');
   }
 
   async resize(bytes: number, options: { shrink: boolean }): Promise<void> {
     return this.#exclusive('resize', async () => {
-      this.#checkWritable();
+      await this.#checkChangeable();
       const size = this.virtualSize();
       if (bytes === size) return;
       if (!Number.isSafeInteger(bytes) || bytes < 0 || bytes % SECTOR_BYTES !== 0) {
@@ -341,49 +394,29 @@ export class OpenedDisk implements Disk {
     });
   }
 
-  async compact({ atRest = false, progress, signal }: CompactOptions = {}): Promise<CompactReport> {
+  async compact({ progress, signal }: CompactOptions = {}): Promise<CompactReport> {
     this.#checkWritable();
-    const active = this.#tree.active;
-    const frozen = atRest ? [...this.#tree.layers].filter((layer) => layer !== active) : [];
-    const layers = [active, ...frozen];
-    const bytes = (): number => layers.reduce((sum, { file }) => sum + file.size(), 0);
-    const bytesBefore = bytes();
-    for (const [index, layer] of layers.entries()) {
-      await this.#compactLayer(layer, signal, (fraction) => progress?.((index + fraction) / layers.length));
-    }
-    return { bytesBefore, bytesAfter: bytes() };
-  }
-
-  async #compactLayer(layer: Layer, signal: AbortSignal | undefined, progress: (f: number) => void): Promise<void> {
-    const tree = this.#tree;
-    const frozen = layer !== tree.active;
-    const bytesBefore = layer.file.size();
+    const image = this.#image;
+    const bytesBefore = image.file.size();
     for (;;) {
       const { finished } = await this.#exclusive('compact', async (shown) => {
-        const options = {
-          progress: (fraction: number) => {
+        if (image !== this.#image) {
+          throw new FsError('EBUSY', `${this.name} has gone on in another image meanwhile; compact it again`);
+        }
+        return compactImage(image, this.#list, {
+          progress: (fraction) => {
             shown(fraction);
-            progress(fraction);
+            progress?.(fraction);
           },
           // Whoever waits comes first: then it goes on.
           stop: () => signal?.aborted === true || this.#waiting > 0,
-        };
-        if (!frozen && layer === tree.active) return compactImage(layer.image, this.#list, options);
-        if (!frozen)
-          throw new FsError('EBUSY', `${this.name} has gone on in another image meanwhile; compact it again`);
-        try {
-          return await compactFrozen(layer, tree.options.cacheBytes, options);
-        } finally {
-          for (const above of tree.above(layer)) above.follow(layer);
-          this.#views.follow();
-        }
+        });
       });
-      if (finished) return;
+      if (finished) return { bytesBefore, bytesAfter: image.file.size() };
       if (signal?.aborted) {
-        const given = bytesBefore - layer.file.size();
         throw new FsError(
           'EINTR',
-          `${layer.path}: compacting was broken off; the image is whole and ${given} bytes shorter, and compacting it again goes on from there`,
+          `${this.imagePath}: compacting was broken off; the image is whole and ${bytesBefore - image.file.size()} bytes shorter, and compacting it again goes on from there`,
         );
       }
     }
@@ -447,6 +480,7 @@ export class OpenedDisk implements Disk {
   }
 
   async close(): Promise<void> {
+    this.#closing.abort(new FsError('EINTR', `${this.imagePath} is being closed`));
     await this.#pending?.abandon();
     await this.#queue;
     if (this.#closed) return;
@@ -475,6 +509,12 @@ export class OpenedDisk implements Disk {
     });
     this.#queue = run.catch(() => {});
     return run;
+  }
+
+  /** For changes of what the image holds. @throws FsError EROFS; EBUSY naming images of others that are built on it */
+  async #checkChangeable(): Promise<void> {
+    this.#checkWritable();
+    await this.#overlays.refuseDependents([this.#tree.active]);
   }
 
   #checkWritable(): void {
@@ -546,6 +586,7 @@ export class OpenedDisk implements Disk {
   }
 
   async #relinked(): Promise<void> {
+    this.#views.follow();
     await Promise.all(this.#layerListeners.map((listener) => listener()));
   }
 

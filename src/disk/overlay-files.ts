@@ -115,6 +115,16 @@ export function removeOverlayFiles(path: string): void {
   syncFolder(dirname(path));
 }
 
+/** Remove a name, durably. */
+export function unlinkDurably(path: string): void {
+  try {
+    unlinkSync(path);
+  } catch (error) {
+    throw fsErrorFrom(error, `cannot remove '${path}'`);
+  }
+  syncFolder(dirname(path));
+}
+
 /** Give a file a second name, durably. @throws FsError EEXIST; ENOTSUP where the host's file system has no hard links */
 export function addName(path: string, newPath: string): void {
   try {

@@ -20,11 +20,13 @@ export interface OverlayMark {
   readonly kept: boolean;
   /** A merge with the layer below has begun: the checkpoint's contents are there no more. */
   readonly merging: boolean;
+  /** The merge makes it the bottom of the disk. */
+  readonly becomesBottom: boolean;
   /** The bottom of a disk, made from an overlay by a merge: no overlay any more. */
   readonly bottom: boolean;
   readonly createdMs: number;
   readonly details: CheckpointDetails;
-  /** The file name that a merge is about to give to this file; empty without. */
+  /** The file name that a merge or a renaming is about to give to this file; empty without. */
   readonly takesName: string;
 }
 
@@ -39,7 +41,7 @@ const record = bigEndian('overlay mark', 24, {
 });
 
 const VERSION = 1;
-const flagBits = { pending: 1, kept: 2, merging: 4, bottom: 8 } as const;
+const flagBits = { pending: 1, kept: 2, merging: 4, bottom: 8, becomesBottom: 16 } as const;
 const CONSISTENCIES: readonly Consistency[] = ['crash', 'frozen', 'memory'];
 
 /** Two texts follow the record, each in UTF-8 and padded with zeros: the name to take, and the guest as JSON. */
@@ -90,6 +92,7 @@ export function markOf(header: Header): OverlayMark | undefined {
     kept: is(flagBits.kept),
     merging: is(flagBits.merging),
     bottom: is(flagBits.bottom),
+    becomesBottom: is(flagBits.becomesBottom),
     createdMs: Number(createdMs),
     details: { consistency: CONSISTENCIES[consistency] ?? 'crash', ...(guest === undefined ? {} : { guest }) },
     takesName: text(data.subarray(record.bytes, record.bytes + NAME_BYTES)),

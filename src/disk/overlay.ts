@@ -3,8 +3,10 @@ import { dirname, relative } from 'node:path';
 import { FsError } from '../errors.ts';
 import { rebuildRefcounts } from '../qcow2/check.ts';
 import { createImage } from '../qcow2/create.ts';
+import { dataClusters } from '../qcow2/data-clusters.ts';
 import { closeGate, openGate } from '../qcow2/gate.ts';
 import { readHeader } from '../qcow2/header.ts';
+import { writeBacking } from '../qcow2/header-update.ts';
 import { number, word } from '../qcow2/image.ts';
 import { closeImage } from '../qcow2/open-image.ts';
 import { l2Tables } from '../qcow2/references.ts';
@@ -57,6 +59,7 @@ export function createOverlay(
       loadImage({ path, file }, header, snapshots, { writable: true, cacheBytes }),
       below,
     );
+    layer.image.numbers[number.DATA_CLUSTERS] = 0;
     rememberElsewhere(below, path);
     return layer;
   } catch (error) {
@@ -67,8 +70,9 @@ export function createOverlay(
 }
 
 /** An overlay in another folder than the image below would not be found from there. */
-function rememberElsewhere(below: Layer, path: string): void {
+export function rememberElsewhere(below: Layer, path: string): void {
   if (below.qcow2 === undefined || dirname(below.path) === dirname(path) || below.file.readOnly) return;
+  if (overlaysElsewhere(readHeader(below.file)).includes(path)) return;
   const { image } = below.qcow2;
   // Writers mark the session in the same header.
   if (image.geometry.writable) image.lock();
@@ -79,13 +83,21 @@ function rememberElsewhere(below: Layer, path: string): void {
   }
 }
 
-/** The overlay at `path` is there no more, or is about to go; `instead`: where it is. Durable. */
-export function forgetElsewhere(below: Layer, path: string, instead?: string): void {
+/** The overlay at `path` is about to go, or to be found under another name that is remembered already. Durable. */
+export function forgetElsewhere(below: Layer, path: string): void {
   if (below.qcow2 === undefined || below.file.readOnly) return;
   const known = overlaysElsewhere(readHeader(below.file));
   if (!known.includes(path)) return;
-  const others = known.filter((other) => other !== path);
-  rememberOverlays(below.file, instead === undefined ? others : [...others, instead]);
+  const { image } = below.qcow2;
+  if (image.geometry.writable) image.lock();
+  try {
+    rememberOverlays(
+      below.file,
+      known.filter((other) => other !== path),
+    );
+  } finally {
+    if (image.geometry.writable) image.unlock();
+  }
 }
 
 /** The same file, from now on to be written. Those above it must follow. @throws FsError EBUSY, EROFS, EIO */
@@ -100,7 +112,9 @@ export function reopenForWriting(layer: Layer, cacheBytes: number): void {
       unmark(file);
       header = readHeader(file);
     }
-    layer.reopen(loadImage(layer, header, qcow2.snapshots, { writable: true, cacheBytes }));
+    const opened = loadImage(layer, header, qcow2.snapshots, { writable: true, cacheBytes });
+    opened.image.numbers[number.DATA_CLUSTERS] = dataClusters(opened.image);
+    layer.reopen(opened);
   } catch (error) {
     lockImage(file.fd, path, 'read', 'write');
     throw error;
@@ -112,29 +126,58 @@ export function isEmpty({ image }: Layer): boolean {
   return l2Tables(image.l1, image.numbers[number.L1_ENTRIES] as number).every((table) => table === 0);
 }
 
+/** Let a layer stand on another one, that shows the same; its file says so, durably, when it returns. */
+export function standOn(layer: Layer, below: Layer | undefined): void {
+  if (below !== undefined) rememberElsewhere(below, layer.path);
+  const { image } = layer;
+  const { writable } = image.geometry;
+  // Writers mark the session in the same header.
+  if (writable) image.lock();
+  try {
+    writeBacking(
+      layer.file,
+      below === undefined ? undefined : { file: recordedName(layer.path, below.path), format: below.format },
+    );
+  } finally {
+    if (writable) image.unlock();
+  }
+  layer.follow(below);
+}
+
 /**
- * Let the disk go on in `next`: writes that run end in the layer they belong to, those that come wait for `switchTo`, in
- * which all views are made to follow. `commit` comes before it: what makes the files say so, while nobody writes.
+ * Let the disk go on in `next`: writes that run end in the layer they belong to, those that come wait until all views
+ * follow. `commit` makes the files say so, while nobody writes; `activate` the tree. Resolves when no thread uses the
+ * layers as they were.
  * @throws FsError EIO if the layer before could not be made durable, or what `commit` throws; the disk is where it was then
  */
-export function switchLayer(before: Layer, next: Layer, commit: () => void, switchTo: () => void): void {
+export async function switchLayer(
+  before: Layer,
+  next: Layer,
+  commit: () => void | Promise<void>,
+  activate: () => void,
+  relinked: () => Promise<void>,
+): Promise<void> {
   const { image } = before;
   image.checkUsable();
-  const held = image.words[word.GATE] as number;
-  closeGate(next.image);
+  closeGate(image);
+  let closed = 1;
   try {
-    // Closes the gate for good: what nobody writes any more needs no other lock against this process.
+    // Closes the gate once more, and for good: nobody writes this layer any more.
     closeImage(image);
-    commit();
+    closed++;
+    image.checkUsable();
+    await commit();
   } catch (error) {
-    openGate(image);
-    openGate(next.image);
+    for (; closed > 0; closed--) openGate(image);
     throw error;
   }
-  // Whoever holds the writes of the disk holds those of the next layer now.
-  for (let count = 0; count < held; count++) closeGate(next.image);
+  closeGate(next.image);
+  // Whoever holds the writes of the disk holds those of the next layer from now on.
+  for (let held = (image.words[word.GATE] as number) - closed; held > 0; held--) closeGate(next.image);
   lockImage(before.file.fd, before.path, 'read', 'write');
-  switchTo();
+  activate();
+  const done = relinked();
   openGate(next.image);
   for (const goOn of image.gateWaiters.splice(0)) goOn();
+  await done;
 }

@@ -34,7 +34,7 @@ const FILE_MODE = 0o644;
  * A device keeps its size: `truncate` to less does nothing, to more is ENOSPC.
  */
 export class HostFile implements Storage, Disposable {
-  readonly path: string;
+  #path: string;
   readonly readOnly: boolean;
   readonly #owner: boolean;
   readonly #device: boolean;
@@ -44,7 +44,7 @@ export class HostFile implements Storage, Disposable {
 
   private constructor({ fd, path, readOnly }: SharedFile, device: boolean, owner: boolean) {
     this.#fd = fd;
-    this.path = path;
+    this.#path = path;
     this.readOnly = readOnly;
     this.#device = device;
     this.#owner = owner;
@@ -72,6 +72,15 @@ export class HostFile implements Storage, Disposable {
   /** The file that another thread of this process shares. Never closes it. */
   static adopt(shared: SharedFile): HostFile {
     return new HostFile(shared, isDevice(shared.fd, shared.path), false);
+  }
+
+  get path(): string {
+    return this.#path;
+  }
+
+  /** The file has another name now: for messages. */
+  moveTo(path: string): void {
+    this.#path = path;
   }
 
   share(): SharedFile {

@@ -8,7 +8,6 @@ import { join, resolve } from 'node:path';
 import { parseArgs } from 'node:util';
 import { checkpointSizes, measureCheckpoints, reportCheckpoints } from './checkpoints.ts';
 import { measureCopy } from './copy.ts';
-import { guestSizes, measureGuest, reportGuests } from './guest-pause.ts';
 import { type Job, jobs } from './jobs.ts';
 import { endEverything, run } from './processes.ts';
 import { compileFloor, floor, type Images, qemu, type Server, vdskfs } from './servers.ts';
@@ -23,7 +22,7 @@ import {
   type Throughput,
 } from './throughput.ts';
 
-const OTHERS = ['copy', 'checkpoints', 'memory'];
+const OTHERS = ['copy', 'checkpoints'];
 const NAMES = [...jobs.map(({ name }) => name), ...OTHERS];
 
 const HELP = `npm run bench -- [options]
@@ -170,12 +169,6 @@ async function bench(options: Options, root: string, directory: string): Promise
       );
     }
     print(reportCheckpoints(rows));
-  }
-  if (chosen.has('memory')) {
-    const rows: string[][] = [];
-    const sizes = options.quick ? guestSizes.slice(0, 1) : guestSizes;
-    for (const size of sizes) rows.push(await measureGuest(size, join(root, 'bin/vdskfs'), directory, options));
-    print(reportGuests(rows));
   }
 }
 

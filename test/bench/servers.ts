@@ -121,15 +121,15 @@ export const floor = (program: string): Server => ({
     ),
 });
 
-/** vdskfs with its native driver. `launcher`: bin/vdskfs; `options`: more words for mount. */
-export const vdskfs = (launcher: string, options: readonly string[] = []): Server => ({
+/** vdskfs with its native driver. `launcher`: bin/vdskfs. */
+export const vdskfs = (launcher: string): Server => ({
   name: 'vdskfs',
   serve: (images, body) =>
     withMountpoint(images.qcow2, (mountpoint) =>
       serve(
         {
           command: process.execPath,
-          args: [launcher, 'mount', '--foreground', '--driver', 'native', ...options, images.qcow2, mountpoint],
+          args: [launcher, 'mount', '--foreground', '--driver', 'native', images.qcow2, mountpoint],
           mountpoint,
           file: join(mountpoint, basename(images.qcow2, '.qcow2'), 'disk.raw'),
           size: images.size,
