@@ -25,7 +25,8 @@ export function addMerge(program: Command): void {
 The overlay stays, empties itself and shows what it showed, over the file that has the contents now. With --into the
 files between are removed, since what they show would be wrong. Refused where another image stands on a file that would
 change, where a file that would go away holds checkpoints, and where the overlay has internal checkpoints, which would
-change. Ctrl-C breaks it off: the overlay then shows what it did, and the same command goes on.\n${example(
+change. An overlay that is an external checkpoint of a disk goes away itself, as with vdskfs delete --external. Ctrl-C
+breaks it off: the overlay then shows what it did, and the same command goes on.\n${example(
         'vdskfs merge overlay.qcow2',
         'vdskfs merge --into base.qcow2 overlay.qcow2',
       )}`,
@@ -42,7 +43,7 @@ change. Ctrl-C breaks it off: the overlay then shows what it did, and the same c
         }
       });
       if (!process.stdout.isTTY) return;
-      process.stdout.write(`${printable(path)} is empty now and stands on ${printable(base)}\n`);
+      process.stdout.write(`${printable(base)} has the contents of ${printable(path)} now\n`);
       for (const file of removed) process.stdout.write(`removed ${printable(file)}\n`);
     });
 }

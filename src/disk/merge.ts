@@ -3,12 +3,13 @@
  * or by an image between, until it is emptied, in one write of its header, after everything below is durable. So a merge
  * may be broken off at any moment, by an abort, a crash or a full disk, and be done again.
  */
-import { realpathSync, unlinkSync } from 'node:fs';
+import { existsSync, realpathSync, unlinkSync } from 'node:fs';
 import { basename, dirname, resolve } from 'node:path';
 import { FsError } from '../errors.ts';
 import { rebuildRefcounts } from '../qcow2/check.ts';
 import { commitAll } from '../qcow2/commit-down.ts';
 import { type CommitTarget, imageTarget, rawTarget } from '../qcow2/commit-target.ts';
+import { compactImage } from '../qcow2/compact/compact.ts';
 import { readHeader } from '../qcow2/header.ts';
 import { writeBacking } from '../qcow2/header-update.ts';
 import { closeImage, snapshotList } from '../qcow2/open-image.ts';
@@ -23,7 +24,7 @@ import type { Work } from './disk.ts';
 import { FolderScan } from './folder-scan.ts';
 import { Layer, loadImage } from './layer.ts';
 import { openChain } from './open-chain.ts';
-import { DEFAULT_CACHE_BYTES } from './open-disk.ts';
+import { DEFAULT_CACHE_BYTES, openDisk } from './open-disk.ts';
 import { recordedName } from './overlay.ts';
 
 export interface MergeOptions {
@@ -36,7 +37,7 @@ export interface MergeOptions {
 export interface Merged {
   /** Path of the file that has the contents now. */
   readonly base: string;
-  /** Files that were between, and are gone. */
+  /** Files that are gone: those between, and an overlay that was an external checkpoint. */
   readonly removed: readonly string[];
 }
 
@@ -44,6 +45,9 @@ export interface Merged {
 export async function mergeOverlay(path: string, options: MergeOptions, work: Work = {}): Promise<Merged> {
   const imagePath = realpathSync(path);
   const into = options.into === undefined ? undefined : await intoPath(imagePath, options.into);
+  if ((await new FolderScan().image(imagePath))?.mark !== undefined) {
+    return mergeCheckpoints(imagePath, into, options, work);
+  }
   const { top, unwritable } = await openChain(imagePath, {
     readOnly: false,
     cacheBytes: DEFAULT_CACHE_BYTES,
@@ -87,9 +91,6 @@ async function mergeOpened(
   opened: Set<Layer>,
 ): Promise<Merged> {
   const { chain } = top;
-  if (top.mark !== undefined) {
-    throw new FsError('EBUSY', `${top.path}: is an external checkpoint of a disk; vdskfs delete --external merges it`);
-  }
   if (chain.length === 1)
     throw new FsError('EINVAL', `${top.path}: stands on no other file, so that there is nothing to merge it into`);
   const depth = into === undefined ? 1 : chain.findIndex(({ path }) => path === into);
@@ -243,7 +244,8 @@ function switchBacking(top: Layer, base: Layer): void {
 }
 
 /** What the overlay had is below now: it keeps nothing of its own. The header switches to a table without entries. */
-async function empty({ image }: Layer, progress: (fraction: number) => void): Promise<void> {
+async function empty(top: Layer, progress: (fraction: number) => void): Promise<void> {
+  const { image, snapshots } = top.qcow2 as NonNullable<Layer['qcow2']>;
   const nothing = newSnapshotEntry({
     l1TableOffset: 0,
     l1Entries: 0,
@@ -254,5 +256,71 @@ async function empty({ image }: Layer, progress: (fraction: number) => void): Pr
     virtualSize: image.virtualSize(),
   });
   await applySnapshot(image, nothing, progress);
-  if (image.geometry.externalData) image.data.punch(0, image.data.size());
+  try {
+    if (image.geometry.externalData) image.data.punch(0, image.data.size());
+    // The new table came to lie behind what is free now.
+    await compactImage(image, snapshots, { progress: () => {} });
+  } catch (error) {
+    // It is merged, and whole: only the file is longer than it need be.
+    if (!(error instanceof FsError)) throw error;
+  }
+}
+
+/**
+ * Overlays that are external checkpoints of a disk: the disk deletes the checkpoints, which merges each with what is below
+ * it, the lowest first. Names and links are mended as it does that.
+ */
+async function mergeCheckpoints(
+  imagePath: string,
+  into: string | undefined,
+  { backingRoots = [] }: MergeOptions,
+  { progress = () => {}, signal }: Work,
+): Promise<Merged> {
+  const { overlays, base } = await checkpointsDown(imagePath, into);
+  const disk = await openDisk(imagePath, { readOnly: false, backingRoots });
+  try {
+    for (const [index, overlay] of overlays.entries()) {
+      const checkpoint = disk.checkpoints().find(({ id }) => id === overlay);
+      if (checkpoint === undefined) {
+        throw new FsError('EBUSY', `${overlay}: is an overlay that a roll back made; merge it with its disk mounted`);
+      }
+      const following = setInterval(() => {
+        progress((index + (disk.operation()?.progress ?? 0)) / overlays.length);
+      }, PROGRESS_MS);
+      try {
+        await disk.deleteCheckpoint(checkpoint, signal === undefined ? {} : { signal });
+      } finally {
+        clearInterval(following);
+      }
+    }
+  } finally {
+    await disk.close();
+  }
+  return { base, removed: overlays.toReversed().filter((overlay) => !existsSync(overlay)) };
+}
+
+const PROGRESS_MS = 200;
+
+/** The overlays from the image down to the base, lowest first. @throws FsError EINVAL, EBUSY */
+async function checkpointsDown(
+  imagePath: string,
+  into: string | undefined,
+): Promise<{ readonly overlays: string[]; readonly base: string }> {
+  const scan = new FolderScan();
+  const overlays: string[] = [];
+  for (let path = imagePath; ; ) {
+    const image = await scan.image(path);
+    if (image?.backing === undefined || overlays.includes(path)) {
+      throw new FsError('EINVAL', `${into}: is none of the files that ${imagePath} stands on (vdskfs info --chain)`);
+    }
+    if (image.mark === undefined) {
+      throw new FsError(
+        'EBUSY',
+        `${path}: is no checkpoint of the disk that ${imagePath} belongs to; merge into it first`,
+      );
+    }
+    overlays.unshift(path);
+    path = image.backing;
+    if (into === undefined || path === into) return { overlays, base: path };
+  }
 }

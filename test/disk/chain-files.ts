@@ -36,6 +36,13 @@ export async function bytesOf(image: string): Promise<Buffer> {
   }
 }
 
+/** Paths of all files that the image is made of, top first. */
+export async function chainOf(image: string): Promise<string[]> {
+  const { chain } = await openBacking(image, 2 ** 20);
+  for (const layer of chain) layer[Symbol.dispose]();
+  return chain.map(({ path }) => path);
+}
+
 let root: string | undefined;
 let folders = 0;
 afterAll(() => {
@@ -101,8 +108,13 @@ function buildChain(options: ChainOptions): string {
 
 const CHANGES = ['write', 'flush', 'truncate', 'punch'] as const;
 
+/** Run `action` without flushing anything. */
+export const unflushed = (action: () => Promise<unknown>): Promise<unknown> =>
+  dyingAt(Number.POSITIVE_INFINITY, action);
+
 /**
- * Run `action` with the change number `at` of any file, and all that follow, dying as the process would.
+ * Run `action` with the change number `at` of any file, and all that follow, dying as the process would. What was written
+ * is there then, flushed or not: nothing is flushed, which takes time.
  * @returns whether it came to that
  */
 export async function dyingAt(at: number, action: () => Promise<unknown>): Promise<boolean> {
@@ -111,7 +123,7 @@ export async function dyingAt(at: number, action: () => Promise<unknown>): Promi
     const real = HostFile.prototype[name] as (...args: unknown[]) => unknown;
     return vi.spyOn(HostFile.prototype, name).mockImplementation(function (this: HostFile, ...args: unknown[]) {
       if (changes++ >= at) throw new Died('the process has died');
-      return real.apply(this, args) as never;
+      return (name === 'flush' ? undefined : real.apply(this, args)) as never;
     });
   });
   try {

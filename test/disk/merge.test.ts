@@ -7,12 +7,14 @@ import {
   bytesByQemu,
   bytesOf,
   type ChainOptions,
+  chainOf,
   copyChain,
   dyingAt,
   makeChain,
   newFolder,
   qemuImg,
   qemuIo,
+  unflushed,
 } from './chain-files.ts';
 
 const chains: [string, ChainOptions][] = [
@@ -139,11 +141,11 @@ it('a death at any file operation leaves the overlay as it was, and the merge go
     await same(top, 'the overlay has changed');
     if (!died) break;
     // What the switched header has left over is no part of the chain any more.
-    if (qemuImg('info', top).includes('backing file: base.qcow2')) rmSync(mid, { force: true });
-    await mergeOverlay(top, { into: base });
+    if ((await chainOf(top)).length === 2) rmSync(mid, { force: true });
+    await unflushed(() => mergeOverlay(top, { into: base }));
     await same(top, 'the merge went wrong');
     await same(base, 'the base is not what the overlay is');
-    if (at % 4 === 0) for (const image of [top, base]) qemuImg('check', '-q', image);
+    if (at % 8 === 0) for (const image of [top, base]) qemuImg('check', '-q', image);
     rmSync(folder, { recursive: true });
   }
 });
