@@ -6,6 +6,7 @@ import { mkdtemp, rm } from 'node:fs/promises';
 import { cpus, tmpdir, totalmem, uptime } from 'node:os';
 import { join, resolve } from 'node:path';
 import { parseArgs } from 'node:util';
+import { bhyveSizes, measureBhyve, reportBhyve } from './bhyve-pause.ts';
 import { checkpointSizes, measureCheckpoints, reportCheckpoints } from './checkpoints.ts';
 import { measureCopy } from './copy.ts';
 import { type Job, jobs } from './jobs.ts';
@@ -22,7 +23,7 @@ import {
   type Throughput,
 } from './throughput.ts';
 
-const OTHERS = ['copy', 'checkpoints'];
+const OTHERS = ['copy', 'checkpoints', 'guests'];
 const NAMES = [...jobs.map(({ name }) => name), ...OTHERS];
 
 const HELP = `npm run bench -- [options]
@@ -31,7 +32,7 @@ const HELP = `npm run bench -- [options]
   --seconds N      how long fio runs each time (default 4)
   --only A,B       only these rows: ${NAMES.join(', ')}
   --pin            the one-job rows once more with the client kept on one core
-  --quick          one round of a second each, the smaller checkpoints only: to see that it works
+  --quick          one round of a second each, the smaller checkpoints and guests only: to see that it works
   --dir DIR        where the images are made (default: the system's temporary folder); needs 12 GiB
 
 The page cache is warm, I/O is direct, one server runs at a time and they take turns. vdskfs opens live files with
@@ -169,6 +170,15 @@ async function bench(options: Options, root: string, directory: string): Promise
       );
     }
     print(reportCheckpoints(rows));
+  }
+  if (chosen.has('guests')) {
+    const sizes = options.quick ? bhyveSizes.slice(0, 2) : bhyveSizes;
+    const rows: string[][] = [];
+    for (const size of sizes) {
+      const source = join(root, 'test/stand-in/bhyve.c');
+      rows.push(await measureBhyve(size, join(root, 'bin/vdskfs'), source, directory, options));
+    }
+    print(reportBhyve(rows));
   }
 }
 

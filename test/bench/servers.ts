@@ -38,13 +38,14 @@ interface Plan {
   readonly mountpoint: string;
   readonly file: string;
   readonly size: number;
+  readonly env?: NodeJS.ProcessEnv;
 }
 
 /** Start a server, wait until the file answers with the size it should have, run `body`, stop the server. */
 async function serve<T>(plan: Plan, body: (served: Served) => Promise<T>): Promise<T> {
   mounting(plan.mountpoint);
   const began = performance.now();
-  const server = start(plan.command, plan.args);
+  const server = start(plan.command, plan.args, plan.env === undefined ? {} : { env: plan.env });
   try {
     await answering(server, plan);
     const mountMs = performance.now() - began;
@@ -121,15 +122,16 @@ export const floor = (program: string): Server => ({
     ),
 });
 
-/** vdskfs with its native driver. `launcher`: bin/vdskfs. */
-export const vdskfs = (launcher: string): Server => ({
+/** vdskfs with its native driver. `launcher`: bin/vdskfs; `options`: more words for mount. */
+export const vdskfs = (launcher: string, options: readonly string[] = [], env = process.env): Server => ({
   name: 'vdskfs',
   serve: (images, body) =>
     withMountpoint(images.qcow2, (mountpoint) =>
       serve(
         {
           command: process.execPath,
-          args: [launcher, 'mount', '--foreground', '--driver', 'native', images.qcow2, mountpoint],
+          args: [launcher, 'mount', '--foreground', '--driver', 'native', ...options, images.qcow2, mountpoint],
+          env,
           mountpoint,
           file: join(mountpoint, basename(images.qcow2, '.qcow2'), 'disk.raw'),
           size: images.size,
