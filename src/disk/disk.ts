@@ -227,6 +227,11 @@ export interface Disk {
   /** `freeze` and `publish` at once. EEXIST, EINVAL, ENOSPC, EROFS, ENOTSUP. Durable when it resolves. */
   takeCheckpoint(name: string, options?: TakeOptions): Promise<Checkpoint>;
   /**
+   * Ahead of a `freeze` that must be short, since a guest stands still meanwhile: does what can be done before. Nothing
+   * depends on it.
+   */
+  prepareFreeze(): Promise<void>;
+  /**
    * The instant of a checkpoint: what the disk holds is kept, though nobody sees it yet. Writes go on when it resolves;
    * the errors are those of `takeCheckpoint`, and nothing was changed then.
    */

@@ -20,7 +20,7 @@ import {
   vmStateOffset,
 } from '../qcow2/snapshots.ts';
 import { inSteps, type Steps } from '../qcow2/steps.ts';
-import { freezeSnapshot } from '../qcow2/take-snapshot.ts';
+import { freezeSnapshot, prepareSnapshot } from '../qcow2/take-snapshot.ts';
 import { shownNames, validateNewName } from './checkpoint-name.ts';
 import { type CheckpointRecord, decodeGuest, decodeRecord } from './checkpoint-record.ts';
 import type {
@@ -212,6 +212,10 @@ export class OpenedDisk implements Disk {
   async takeCheckpoint(name: string, options: TakeOptions = {}): Promise<Checkpoint> {
     const pending = await this.freeze(options.kind ?? 'internal', name);
     return pending.publish({ consistency: options.consistency ?? 'crash' });
+  }
+
+  async prepareFreeze(): Promise<void> {
+    if (this.readOnly === undefined) await prepareSnapshot(this.#image);
   }
 
   freeze(kind: CheckpointKind, name: string): Promise<PendingCheckpoint> {

@@ -205,6 +205,8 @@ export class Image {
     changes: 0,
     bytes: new Uint8Array(0),
   };
+  /** The live mapping was looked through, and has no compressed cluster: no write makes one. Known to the main thread. */
+  hasNoCompressed = false;
   /** What waits on this thread until the gate is open. */
   readonly gateWaiters: (() => void)[] = [];
   /** Room for one cluster and more, for copy on write; made when first needed. */

@@ -26,22 +26,31 @@ import { ClusterSet, clusterOf, countedClusters, highUnitOf, type Progress } fro
 /** Fewer tables than this are shared behind the closed gate: that takes milliseconds, and no refcount is ever too low. */
 const MIN_TABLES = 16;
 
+/** Tables looked through between two pauses. */
+const TABLES_AT_ONCE = 16;
+
 /**
  * Whether the live mapping can be shared table by table. Version 2 has no dirty bit that others respect. Counts of 16
  * bits and more hold a reference from each of 65,536 snapshots, but not from many compressed clusters in one host
- * cluster, so that there must be none of those. Writers may run: they never make any.
+ * cluster, so that there must be none of those. Writers may run: they never make any, so that one look is enough.
  */
 export async function canShareLater(image: Image, tables: readonly number[]): Promise<boolean> {
-  const { version, refcountOrder, clusterBytes, l2EntryBytes } = image.geometry;
+  const { version, refcountOrder } = image.geometry;
   if (version < 3 || refcountOrder < 4) return false;
   const used = tables.filter((host) => host !== 0);
   if (used.length < MIN_TABLES) return false;
+  image.hasNoCompressed ||= await holdNoCompressed(image, used);
+  return image.hasNoCompressed;
+}
+
+async function holdNoCompressed(image: Image, tables: readonly number[]): Promise<boolean> {
+  const { clusterBytes, l2EntryBytes } = image.geometry;
   const table = new Uint8Array(clusterBytes);
-  for (const host of used) {
+  for (const [index, host] of tables.entries()) {
     // A table that is not in the file is found by whoever takes the snapshot.
     if (image.file.read(table, 0, clusterBytes, host) < clusterBytes) return false;
     for (let at = 0; at < clusterBytes; at += l2EntryBytes) if (((table[at] as number) & 0x40) !== 0) return false;
-    await giveWay();
+    if (index % TABLES_AT_ONCE === TABLES_AT_ONCE - 1) await giveWay();
   }
   return true;
 }

@@ -136,6 +136,7 @@ export async function applySnapshot(image: Image, entry: SnapshotEntry, progress
     barrier(image);
     const l1Offset = newL1.cluster * clusterBytes;
     switchHeader(image, () => writeDisk(image.file, entry.virtualSize, l1Entries, l1Offset));
+    image.hasNoCompressed = false;
     undo.length = 0;
 
     image.lock();
@@ -172,24 +173,24 @@ export async function applySnapshot(image: Image, entry: SnapshotEntry, progress
 /** Steps that take back what an operation has done so far, in the order of what it did. */
 export type Undo = (() => void | Promise<void>)[];
 
+/** Run `action`, which is over in no time and changes nothing in the file itself, on an image at rest. */
+export function atRest<T>(image: Image, action: () => T): T {
+  rest(image);
+  try {
+    return action();
+  } finally {
+    openGate(image);
+  }
+}
+
 /**
  * Run `action` on a still image: no writes, everything flushed, caches empty of changes before and after. If it fails,
  * what is in `undo` is run, the last first; behind the switch of a header there must be nothing left in it.
  */
 export async function still<T>(image: Image, action: (undo: Undo) => Promise<T>): Promise<T> {
-  // Most of what writers have left goes out while they go on; behind the closed gate there is little to wait for.
-  flush(image);
-  closeGate(image);
+  rest(image);
   const undo: Undo = [];
   try {
-    beforeData(image);
-    flush(image);
-    image.lock();
-    try {
-      beforeMetadata(image);
-    } finally {
-      image.unlock();
-    }
     const result = await action(undo);
     // What is durable has been done, even if tidying up fails: that flush is the last one, and the next write says so.
     orLeave(() => settle(image));
@@ -199,6 +200,26 @@ export async function still<T>(image: Image, action: (undo: Undo) => Promise<T>)
     throw error;
   } finally {
     openGate(image);
+  }
+}
+
+/** No writes, everything flushed, the session marked: until the gate is opened. */
+function rest(image: Image): void {
+  // Most of what writers have left goes out while they go on; behind the closed gate there is little to wait for.
+  flush(image);
+  closeGate(image);
+  try {
+    beforeData(image);
+    flush(image);
+    image.lock();
+    try {
+      beforeMetadata(image);
+    } finally {
+      image.unlock();
+    }
+  } catch (error) {
+    openGate(image);
+    throw error;
   }
 }
 

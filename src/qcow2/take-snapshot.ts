@@ -24,6 +24,7 @@ import {
 import { beginSharing, canShareLater, dropMapping, finishSharing } from './sharing.ts';
 import { newSnapshotEntry, type SnapshotEntry } from './snapshot-table.ts';
 import {
+  atRest,
   freeTable,
   l1EntriesForSize,
   type NewTable,
@@ -88,21 +89,36 @@ export async function freezeSnapshot(
   progress: Progress,
 ): Promise<FrozenSnapshot> {
   checkPossible(image, list);
-  const entries = (): number =>
-    Math.min(image.numbers[number.L1_ENTRIES] as number, l1EntriesForSize(image, image.virtualSize()));
-  const sharedLater = await canShareLater(image, l2Tables(image.l1, entries()));
+  const frozen = (l1: Uint8Array, sharedLater: boolean): FrozenSnapshot => ({
+    timeMs,
+    virtualSize: image.virtualSize(),
+    l1,
+    sharedLater,
+  });
+  if (await canShareLater(image, l2Tables(image.l1, diskEntries(image)))) {
+    return atRest(image, () => {
+      const l1 = activeL1(image, diskEntries(image), false);
+      beginSharing(image, l1.length / 8);
+      return frozen(l1, true);
+    });
+  }
   return still(image, async (undo) => {
-    const l1Entries = entries();
-    const l1 = activeL1(image, l1Entries, false);
-    if (sharedLater) {
-      beginSharing(image, l1Entries);
-    } else {
-      settle(image);
-      await shareStill(image, l1Entries, undo, progress);
-    }
-    return { timeMs, virtualSize: image.virtualSize(), l1, sharedLater };
+    const l1 = activeL1(image, diskEntries(image), false);
+    settle(image);
+    await shareStill(image, l1.length / 8, undo, progress);
+    return frozen(l1, false);
   });
 }
+
+/** Ahead of `freezeSnapshot`, while the guest still runs: looks at what need not be looked at then, and flushes. */
+export async function prepareSnapshot(image: Image): Promise<void> {
+  await canShareLater(image, l2Tables(image.l1, diskEntries(image)));
+  flush(image);
+}
+
+/** L1 entries of the live disk. An empty disk has none. */
+const diskEntries = (image: Image): number =>
+  Math.min(image.numbers[number.L1_ENTRIES] as number, l1EntriesForSize(image, image.virtualSize()));
 
 /**
  * Bring a frozen snapshot into the snapshot table, durably. Writers go on.
@@ -116,7 +132,6 @@ export async function publishSnapshot(
   progress: Progress,
 ): Promise<SnapshotEntry> {
   const { clusterBytes } = image.geometry;
-  const diskEntries = frozen.l1.length / 8;
   const tables: NewTable[] = [];
   let entry: SnapshotEntry;
   let switching = false;
@@ -149,7 +164,7 @@ export async function publishSnapshot(
     if (!switching) for (const table of tables) freeTable(image, table);
     throw error;
   }
-  if (frozen.sharedLater) await finishSharing(image, diskEntries, progress);
+  if (frozen.sharedLater) await finishSharing(image, frozen.l1.length / 8, progress);
   // What is durable has been done, even if tidying up fails: that flush is the last one, and the next write says so.
   orLeave(() => flush(image));
   return entry;

@@ -108,6 +108,7 @@ async function takeWithMemory(machine: Machine, guest: Guest, request: TakeReque
   try {
     const identity = await orAbort(guest.identity(), giveUp.signal);
     expected = expectedStateBytes(disk.disk.checkpoints(), identity.argv);
+    for (const one of machine.disks) await one.disk.prepareFreeze();
     await saveInto(folder, machine, guest, request, giveUp.signal);
     guest.validate(folder.readable());
     if (frozen === undefined) throw new FsError('EIO', `Guest ${guest.name} wrote no memory.`);
@@ -173,6 +174,7 @@ async function freezeAll(
   const frozen = new Map<MountedDisk, PendingCheckpoint>();
   const holds: AsyncDisposable[] = [];
   try {
+    if (disks.length > 1) for (const { disk } of disks) await disk.prepareFreeze();
     if (disks.length > 1) for (const { disk } of disks) holds.push(await disk.holdWrites());
     for (const mounted of disks) frozen.set(mounted, await mounted.disk.freeze(kind, name));
     return frozen;

@@ -56,7 +56,7 @@ async function installBhyve(source: string, directory: string): Promise<Host> {
   await writeFile(join(bin, 'sysctl'), '#!/bin/sh\necho 1400097\n', { mode: 0o755 });
   const env = {
     ...process.env,
-    PATH: `${bin}${delimiter}${process.env['PATH']}`,
+    PATH: `${bin}${delimiter}${process.env.PATH}`,
     BHYVE_GENERATION: 'D',
     BHYVE_DELAY_US: WRITER_DELAY_US,
     VDSKFS_BHYVE_RUNDIR: runDirectory,

@@ -262,6 +262,8 @@ export class FakeDisk implements Disk {
     return (await this.freeze(kind, name)).publish({ consistency });
   }
 
+  async prepareFreeze(): Promise<void> {}
+
   async freeze(kind: CheckpointKind, name: string): Promise<PendingCheckpoint> {
     if (kind === 'external') throw new FsError('ENOTSUP', 'no overlays');
     const contents = this.live.copy();
