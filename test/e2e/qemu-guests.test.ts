@@ -54,12 +54,15 @@ const infoOf = async (tree: MountedTree, name: string) =>
 /** The number in the first sector of a disk. */
 const counterOn = (disk: string): number => Number(readFileSync(disk).subarray(0, 512).toString().trim());
 
-/** What such a failure is called, and the sentence that `control` gives next. */
-async function failure({ tree }: Served, work: Promise<unknown>): Promise<{ errno: string; sentence: string }> {
-  const errno = await work.then(
+const codeOf = (work: Promise<unknown>): Promise<string> =>
+  work.then(
     () => 'none',
     (error: NodeJS.ErrnoException) => error.code ?? String(error),
   );
+
+/** What such a failure is called, and the sentence that `control` gives next. */
+async function failure({ tree }: Served, work: Promise<unknown>): Promise<{ errno: string; sentence: string }> {
+  const errno = await codeOf(work);
   return { errno, sentence: await readFile(tree.path(DISK, 'control'), 'utf8') };
 }
 
@@ -128,6 +131,7 @@ describe('a Linux guest', () => {
       expect(counterOn(disk)).toBe(atFirst);
       const line = control('restore-command first').trim();
       expect(line).not.toContain('#');
+      let atOverlay = 0;
       for (const [program, args, counter] of [
         ['sh', ['-c', `exec ${line}`], atFirst],
         [process.execPath, [launcher, 'restore', tree.path(DISK), 'second', '--', QEMU, ...words], atSecond],
@@ -137,8 +141,21 @@ describe('a Linux guest', () => {
         await console.waitFor(5);
         expectToGoOn(console, counter);
         expect(status().state).toBe('running');
+        if (counter === atSecond) {
+          await mkdir(tree.path(DISK, 'overlays', 'outside'));
+          atOverlay = counterOn(tree.path(DISK, 'overlays', 'outside', 'disk.raw'));
+          expect(atOverlay).toBeGreaterThan(atSecond);
+        }
         expect(control('poweroff')).toContain('ended');
       }
+
+      // An external checkpoint has its memory in a file beside it.
+      control('rollback outside');
+      expect(counterOn(disk)).toBe(atOverlay);
+      console.fromHere();
+      await using _qemu = await startQemu(directory, 'sh', ['-c', `exec ${control('restore-command outside')}`]);
+      await console.waitFor(5);
+      expectToGoOn(console, atOverlay);
     }));
 });
 
