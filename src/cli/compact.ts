@@ -33,6 +33,6 @@ function compactImageFile(path: string, signal: AbortSignal): Promise<void> {
   return withDisk(path, { readOnly: false }, async (disk) => {
     if (disk.readOnly !== undefined) throw new FsError('EROFS', `${path}: cannot be changed: ${disk.readOnly}`);
     using progress = showProgress(`compacting ${printable(path)}`);
-    await disk.compact({ progress: progress.update, signal });
+    await disk.compact({ atRest: true, progress: progress.update, signal });
   });
 }

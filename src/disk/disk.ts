@@ -187,13 +187,15 @@ export interface DeleteOptions {
 }
 
 export interface CompactOptions {
+  /** Nobody has a view of the disk: then the layers below the live one are compacted, too. */
+  readonly atRest?: boolean;
   /** Fraction done, 0 to 1. */
   readonly progress?: (fraction: number) => void;
   /** Breaks it off: what has been moved stays moved. */
   readonly signal?: AbortSignal;
 }
 
-/** Bytes of the image file. */
+/** Bytes of the files. */
 export interface CompactReport {
   readonly bytesBefore: number;
   readonly bytesAfter: number;
@@ -245,7 +247,7 @@ export interface Disk {
   /** Grow, or shrink with `shrink`; else EPERM. */
   resize(bytes: number, options: { shrink: boolean }): Promise<void>;
   /**
-   * Make the active image's file as short as what it holds. Reads and writes go on, and so do other operations of the
+   * Make the live image's file as short as what it holds. Reads and writes go on, and so do other operations of the
    * disk, in between. EROFS, ENOSPC, EINTR.
    */
   compact(options?: CompactOptions): Promise<CompactReport>;

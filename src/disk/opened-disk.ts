@@ -23,6 +23,7 @@ import { inSteps, type Steps } from '../qcow2/steps.ts';
 import { freezeSnapshot, prepareSnapshot } from '../qcow2/take-snapshot.ts';
 import { shownNames, validateNewName } from './checkpoint-name.ts';
 import { type CheckpointRecord, decodeGuest, decodeRecord } from './checkpoint-record.ts';
+import { compactFrozen } from './compact-layer.ts';
 import type {
   Checkpoint,
   CheckpointDetails,
@@ -398,29 +399,49 @@ export class OpenedDisk implements Disk {
     });
   }
 
-  async compact({ progress, signal }: CompactOptions = {}): Promise<CompactReport> {
+  async compact({ atRest = false, progress, signal }: CompactOptions = {}): Promise<CompactReport> {
     this.#checkWritable();
-    const image = this.#image;
-    const bytesBefore = image.file.size();
+    const active = this.#tree.active;
+    const frozen = atRest ? [...this.#tree.layers].filter((layer) => layer !== active) : [];
+    const layers = [active, ...frozen];
+    const bytes = (): number => layers.reduce((sum, { file }) => sum + file.size(), 0);
+    const bytesBefore = bytes();
+    for (const [index, layer] of layers.entries()) {
+      await this.#compactLayer(layer, signal, (fraction) => progress?.((index + fraction) / layers.length));
+    }
+    return { bytesBefore, bytesAfter: bytes() };
+  }
+
+  async #compactLayer(layer: Layer, signal: AbortSignal | undefined, progress: (f: number) => void): Promise<void> {
+    const tree = this.#tree;
+    const frozen = layer !== tree.active;
+    const bytesBefore = layer.file.size();
     for (;;) {
       const { finished } = await this.#exclusive('compact', async (shown) => {
-        if (image !== this.#image) {
-          throw new FsError('EBUSY', `${this.name} has gone on in another image meanwhile; compact it again`);
-        }
-        return compactImage(image, this.#list, {
-          progress: (fraction) => {
+        const options = {
+          progress: (fraction: number) => {
             shown(fraction);
-            progress?.(fraction);
+            progress(fraction);
           },
           // Whoever waits comes first: then it goes on.
           stop: () => signal?.aborted === true || this.#waiting > 0,
-        });
+        };
+        if (!frozen && layer === tree.active) return compactImage(layer.image, this.#list, options);
+        if (!frozen)
+          throw new FsError('EBUSY', `${this.name} has gone on in another image meanwhile; compact it again`);
+        try {
+          return await compactFrozen(layer, tree.options.cacheBytes, options);
+        } finally {
+          for (const above of tree.above(layer)) above.follow(layer);
+          this.#views.follow();
+        }
       });
-      if (finished) return { bytesBefore, bytesAfter: image.file.size() };
+      if (finished) return;
       if (signal?.aborted) {
+        const given = bytesBefore - layer.file.size();
         throw new FsError(
           'EINTR',
-          `${this.imagePath}: compacting was broken off; the image is whole and ${bytesBefore - image.file.size()} bytes shorter, and compacting it again goes on from there`,
+          `${layer.path}: compacting was broken off; the image is whole and ${given} bytes shorter, and compacting it again goes on from there`,
         );
       }
     }

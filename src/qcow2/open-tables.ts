@@ -2,6 +2,7 @@
  * L1 tables of snapshots that readers have in memory: who moves an L2 table changes them, too. They are forgotten with
  * the memory that they are in, so that nobody has to close them.
  */
+import type { Storage } from '../storage/storage.ts';
 import type { Image } from './image.ts';
 import type { L1Table } from './lookup.ts';
 
@@ -12,18 +13,18 @@ interface Known {
   readonly entries: number;
 }
 
-/** By the shared memory of the image. */
-const known = new WeakMap<ArrayBufferLike, Known[]>();
+/** By the image's file: the image over it may be made anew while views are open. */
+const known = new WeakMap<Storage, Known[]>();
 
 export function noteOpenTable(image: Image, offset: number, { view, entries }: L1Table): void {
-  const tables = (known.get(image.words.buffer) ?? []).filter(({ memory }) => memory.deref() !== undefined);
+  const tables = (known.get(image.file) ?? []).filter(({ memory }) => memory.deref() !== undefined);
   tables.push({ offset, memory: new WeakRef(view.buffer), entries });
-  known.set(image.words.buffer, tables);
+  known.set(image.file, tables);
 }
 
 /** Copies of the table at `offset`. Change them with the mutex held. */
 export function* openTablesAt(image: Image, offset: number): Generator<Pick<L1Table, 'view' | 'entries'>> {
-  for (const { offset: at, memory, entries } of known.get(image.words.buffer) ?? []) {
+  for (const { offset: at, memory, entries } of known.get(image.file) ?? []) {
     const buffer = memory.deref();
     if (at === offset && buffer !== undefined) yield { view: new DataView(buffer), entries };
   }
@@ -31,5 +32,5 @@ export function* openTablesAt(image: Image, offset: number): Generator<Pick<L1Ta
 
 /** The table itself is somewhere else now. */
 export function moveOpenTables(image: Image, offset: number, to: number): void {
-  for (const table of known.get(image.words.buffer) ?? []) if (table.offset === offset) table.offset = to;
+  for (const table of known.get(image.file) ?? []) if (table.offset === offset) table.offset = to;
 }

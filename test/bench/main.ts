@@ -9,6 +9,7 @@ import { parseArgs } from 'node:util';
 import { bhyveSizes, measureBhyve, reportBhyve } from './bhyve-pause.ts';
 import { checkpointSizes, measureCheckpoints, reportCheckpoints } from './checkpoints.ts';
 import { measureCopy } from './copy.ts';
+import { guestSizes, measureGuest, reportGuests } from './guest-pause.ts';
 import { type Job, jobs } from './jobs.ts';
 import { endEverything, run } from './processes.ts';
 import { compileFloor, floor, type Images, qemu, type Server, vdskfs } from './servers.ts';
@@ -23,7 +24,7 @@ import {
   type Throughput,
 } from './throughput.ts';
 
-const OTHERS = ['copy', 'checkpoints', 'guests'];
+const OTHERS = ['copy', 'checkpoints', 'guests', 'memory'];
 const NAMES = [...jobs.map(({ name }) => name), ...OTHERS];
 
 const HELP = `npm run bench -- [options]
@@ -179,6 +180,12 @@ async function bench(options: Options, root: string, directory: string): Promise
       rows.push(await measureBhyve(size, join(root, 'bin/vdskfs'), source, directory, options));
     }
     print(reportBhyve(rows));
+  }
+  if (chosen.has('memory')) {
+    const rows: string[][] = [];
+    const sizes = options.quick ? guestSizes.slice(0, 1) : guestSizes;
+    for (const size of sizes) rows.push(await measureGuest(size, join(root, 'bin/vdskfs'), directory, options));
+    print(reportGuests(rows));
   }
 }
 

@@ -1,6 +1,6 @@
 /** Compacting real images, at rest and under a guest that goes on writing, and what is left when it is killed. */
 import { spawn } from 'node:child_process';
-import { rmdir, stat } from 'node:fs/promises';
+import { mkdir, rmdir, stat } from 'node:fs/promises';
 import { join } from 'node:path';
 import { setTimeout as after } from 'node:timers/promises';
 import { expect, it } from 'vitest';
@@ -123,6 +123,43 @@ it('while fio writes, discards and flushes, and checkpoints come and go, no bloc
     });
     expect(await bytesOf(image.path)).toBeLessThan(before);
     await expectKept(image);
+  }));
+
+it('a mounted chain: its live image at once, at rest the layers below it, too', () =>
+  withDirectory(async (directory) => {
+    const image = await fragmented(directory, 'cluster_size=64k');
+    const overlay = join(directory, 'point.qcow2');
+    const before = await bytesOf(image.path);
+    const live = join(directory, 'now.raw');
+    await withMount(image.path, {}, async (tree) => {
+      await mkdir(tree.path('disk', 'overlays', 'point'));
+      const file = tree.path('disk', 'disk.raw');
+      await runOk('dd', [
+        'if=/dev/urandom',
+        `of=${file}`,
+        'bs=1M',
+        'seek=10',
+        'count=20',
+        'conv=notrunc',
+        'status=none',
+      ]);
+      await runOk('fallocate', ['-p', '-o', String(10 * MiB), '-l', String(15 * MiB), file]);
+      const long = await bytesOf(overlay);
+      expect(await vdskfs(['compact', tree.path('disk')])).toMatchObject({ status: 0 });
+      expect(await bytesOf(overlay)).toBeLessThan(long - 12 * MiB);
+      expect(await bytesOf(image.path)).toBe(before);
+      await runOk('cp', [file, live]);
+    });
+    expect(await vdskfs(['compact', image.path])).toMatchObject({ status: 0 });
+    expect(await bytesOf(image.path)).toBeLessThan(before - 60 * MiB);
+    await expectWhole(image);
+    await runOk('qemu-img', ['check', '-q', overlay]);
+    await runOk('qemu-img', ['compare', ...KEPT, live, overlay]);
+    await withMount(image.path, {}, async (tree) => {
+      await runOk('cmp', [tree.path('disk', 'disk.raw'), live]);
+      await runOk('cmp', [tree.path('disk', 'overlays', 'point', 'disk.raw'), image.live]);
+      await runOk('cmp', [tree.path('disk', 'snapshots', 'kept', 'disk.raw'), image.kept]);
+    });
   }));
 
 it('kill -9 in the middle loses nothing, and the next run goes on', () =>
