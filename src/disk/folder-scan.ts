@@ -6,7 +6,7 @@
  */
 import type { Dirent } from 'node:fs';
 import { lstat, readdir, realpath } from 'node:fs/promises';
-import { dirname, join, resolve, sep } from 'node:path';
+import { basename, dirname, join, resolve, sep } from 'node:path';
 import { FsError } from '../errors.ts';
 import { type Header, readHeader } from '../qcow2/header.ts';
 import { HostFile } from '../storage/host-file.ts';
@@ -113,6 +113,8 @@ export interface DiscoveredDisk {
   readonly foreign: readonly FoundImage[];
   /** Overlays that the disk once had in other folders, and that are not there. */
   readonly missing: readonly string[];
+  /** Overlays that are in another folder than the image below remembers. */
+  readonly moved: readonly { readonly below: string; readonly from: string; readonly to: string }[];
   /** Two ends of the chain that could both be the live disk. */
   readonly ambiguous: readonly string[];
 }
@@ -146,12 +148,17 @@ export async function discoverDisk(
   const overlays: FoundImage[] = [];
   const foreign: FoundImage[] = [];
   const missing: string[] = [];
+  const moved: { below: string; from: string; to: string }[] = [];
   const queue = [bottom];
   for (let below = queue.shift(); below !== undefined; below = queue.shift()) {
     const image = await scan.image(below);
     for (const other of image === undefined ? [] : overlaysElsewhere(image.header)) {
       await look(dirname(other));
-      if ((await scan.image(other)) === undefined) missing.push(other);
+      if ((await scan.image(other)) !== undefined) continue;
+      const candidates = byBacking.get(below) ?? [];
+      const now = candidates.find(({ mark, path: at }) => mark !== undefined && basename(at) === basename(other));
+      if (now === undefined) missing.push(other);
+      else moved.push({ below, from: other, to: now.path });
     }
     for (const above of byBacking.get(below) ?? []) {
       if (above.mark === undefined) foreign.push(above);
@@ -162,7 +169,7 @@ export async function discoverDisk(
     }
   }
   const { active, ambiguous } = liveEnd(bottom, overlays);
-  return { bottom, overlays, active, foreign, missing, ambiguous };
+  return { bottom, overlays, active, foreign, missing, moved, ambiguous };
 }
 
 /** Down from an overlay of this program to what it was made over. Of other images, the path without links. */

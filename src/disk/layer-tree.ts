@@ -5,9 +5,10 @@
 import { realpathSync } from 'node:fs';
 import { basename, dirname } from 'node:path';
 import { FsError } from '../errors.ts';
-import { discoverDisk, FolderScan, type FoundImage } from './folder-scan.ts';
+import { type DiscoveredDisk, discoverDisk, FolderScan, type FoundImage } from './folder-scan.ts';
 import type { Layer } from './layer.ts';
 import { openChain } from './open-chain.ts';
+import { forgetElsewhere, rememberElsewhere } from './overlay.ts';
 
 export interface TreeOptions {
   readonly readOnly: boolean;
@@ -73,6 +74,7 @@ export class LayerTree implements Disposable {
           unwritable ??= `the branch ${basename(branch)} cannot be opened: ${error.message}`;
         }
       }
+      if (!options.readOnly && unwritable === undefined) rememberMoved(found.moved, layers);
       const bottom = alone ? chain.top : layers.get(found.bottom);
       if (bottom === undefined) throw new FsError('EIO', `${path}: the chain changed while it was being opened`);
       return new LayerTree(bottom, chain.top, layers.values(), options, unwritable);
@@ -157,6 +159,22 @@ export class LayerTree implements Disposable {
 
   [Symbol.dispose](): void {
     for (const layer of this.#layers) layer[Symbol.dispose]();
+  }
+}
+
+/** Overlays that came to lie in another folder are found there from now on, given or not. */
+function rememberMoved(moved: DiscoveredDisk['moved'], layers: ReadonlyMap<string, Layer>): void {
+  for (const { below, from, to } of moved) {
+    const layer = layers.get(below);
+    if (layer === undefined) continue;
+    try {
+      // In this order: at no moment is nothing known of it.
+      rememberElsewhere(layer, to);
+      forgetElsewhere(layer, from);
+    } catch (error) {
+      // No room for both in the header, or a full disk: the folder has to be given again.
+      if (!(error instanceof FsError)) throw error;
+    }
   }
 }
 

@@ -120,6 +120,13 @@ describe('an external checkpoint', () => {
     execFileSync('mv', [test.at('elsewhere'), test.at('hidden')]);
     const disk = await test.open();
     expect(disk.readOnly).toMatch(/it goes on in .*elsewhere\/first\.qcow2, which is not there/);
+    // Wherever it is now: once its folder was given it is remembered.
+    const found = await test.open(test.image, { overlayFolder: test.at('hidden') });
+    expect(found.readOnly).toBeUndefined();
+    expect(test.live()).toEqual(live);
+    await test.open();
+    expect(test.disk.readOnly).toBeUndefined();
+    expect(test.overlays).toEqual(['first', 'second']);
   });
 
   it('leaves an image alone that others have built on', async () => {
