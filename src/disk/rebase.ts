@@ -90,7 +90,7 @@ function refuseDependent(top: Layer, below: Layer | undefined): void {
   if (top.mark !== undefined) {
     throw new FsError(
       'EBUSY',
-      `${top.path}: is an external checkpoint, which shows the file below it; delete it (vdskfs delete --external), or take its mark away by an export`,
+      `${top.path}: is an external checkpoint, which shows the file below it, and would show another; delete it (vdskfs delete --external), or export the disk`,
     );
   }
   const size = Math.max(top.below?.virtualSize ?? 0, below?.virtualSize ?? 0);

@@ -40,8 +40,10 @@ export function* diskSpace({ active, layers, checkpoints, find }: MeasuredDisk):
     const { overlay } = found;
     const below = overlay.below as Layer;
     const alone = [...layers].every((other) => other === overlay || other.below !== below);
-    const space = yield* overlaySpace(ownLayer(overlay), momentOf(below), alone);
-    measured.push({ checkpoint, ...space, freed: space.own });
+    const { own, shared, overlayData } = yield* overlaySpace(ownLayer(overlay), momentOf(below), alone);
+    // One file less: its tables go with what is overwritten. Where others stand on what is below, only the name goes.
+    const tables = alone ? Math.max(0, overlay.file.allocatedBytes() - overlayData) : 0;
+    measured.push({ checkpoint, own, shared, freed: own + tables });
   }
   return { checkpoints: measured, live };
 }
