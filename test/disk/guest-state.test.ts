@@ -1,8 +1,9 @@
 /** Checkpoints with the state of a guest: written beside the frozen disk, kept as a tar archive in the snapshot. */
 import { execFileSync } from 'node:child_process';
-import { mkdtempSync, rmSync } from 'node:fs';
+import { copyFileSync, mkdirSync, mkdtempSync, readFileSync, rmSync, statSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
+import { Worker } from 'node:worker_threads';
 import { afterEach, beforeEach, describe, expect, it } from 'vitest';
 import type { Checkpoint, Contents, Disk } from '../../src/disk/disk.ts';
 import { openDisk } from '../../src/disk/open-disk.ts';
@@ -127,5 +128,175 @@ describe.each(variants)('with $name', ({ options }) => {
       await disk.deleteCheckpoint(checkpoint);
     });
     expect(qemuImg('check', image)).toContain('No errors');
+  });
+});
+
+/** The VM state of a snapshot as QEMU reads it. */
+function vmStateByQemu(name: string, bytes: number): Buffer {
+  const copy = join(folder, 'copy.qcow2');
+  copyFileSync(image, copy);
+  qemuImg('snapshot', '-a', name, copy);
+  const dump = execFileSync('qemu-io', ['-f', 'qcow2', '-c', `read -bv 0 ${bytes}`, copy], {
+    encoding: 'utf8',
+    maxBuffer: 64 * MIB,
+  });
+  const lines = dump.match(/^[0-9a-f]{8}: {2}(?:[0-9a-f]{2} )+/gm) ?? [];
+  return Buffer.concat(lines.map((line) => Buffer.from(line.slice(10).replaceAll(' ', ''), 'hex')));
+}
+
+async function takeWithMemory(disk: Disk, memory: Uint8Array, identity: GuestIdentity = guest): Promise<Checkpoint> {
+  const pending = await disk.freeze('internal', 'running');
+  write(pending.createState('state').contents, memory, 0);
+  write(pending.createState('state.meta').contents, Buffer.from('{}'), 0);
+  return pending.publish({ consistency: 'memory', guest: identity });
+}
+
+describe('a checkpoint with memory', () => {
+  beforeEach(() => void qemuImg('create', '-q', '-f', 'qcow2', image, '16M'));
+
+  it('has a tar archive as its VM state, for QEMU too', async () => {
+    const memory = pattern(70_000, 1);
+    const { vmStateSize } = await withDisk((disk) => takeWithMemory(disk, memory));
+    expect(qemuImg('snapshot', '-l', image)).toMatch(/running +[\d.]+ KiB/);
+    const archive = vmStateByQemu('running', vmStateSize);
+    expect(archive.length).toBe(vmStateSize);
+    const unpacked = join(folder, 'unpacked');
+    mkdirSync(unpacked);
+    writeFileSync(join(folder, 'state.tar'), archive);
+    execFileSync('tar', ['xf', join(folder, 'state.tar'), '-C', unpacked]);
+    expect(readFileSync(join(unpacked, 'state')).equals(memory)).toBe(true);
+    expect(readFileSync(join(unpacked, 'state.meta'), 'utf8')).toBe('{}');
+    expect(JSON.parse(readFileSync(join(unpacked, 'checkpoint.json'), 'utf8'))).toMatchObject({
+      consistency: 'memory',
+      guest,
+    });
+  });
+
+  it('survives what QEMU does to the image', async () => {
+    const memory = pattern(70_000, 1);
+    await withDisk((disk) => takeWithMemory(disk, memory));
+    qemuImg('snapshot', '-c', 'by QEMU', image);
+    qemuImg('snapshot', '-a', 'running', image);
+    qemuImg('snapshot', '-d', 'by QEMU', image);
+    await withDisk(async (disk) => {
+      const checkpoint = named(disk, 'running');
+      expect(disk.details(checkpoint)).toEqual({ consistency: 'memory', guest });
+      expect(stateOf(disk, checkpoint, 'state').equals(memory)).toBe(true);
+    });
+    qemuImg('snapshot', '-d', 'running', image);
+    expect(qemuImg('check', image)).toContain('No errors');
+  });
+
+  it('takes no space for zeros', () =>
+    withDisk(async (disk) => {
+      const before = statSync(image).size;
+      const memory = Buffer.alloc(64 * MIB);
+      memory.fill(1, 20 * MIB, 20 * MIB + 100);
+      const checkpoint = await takeWithMemory(disk, memory);
+      expect(statSync(image).size - before).toBeLessThan(MIB);
+      expect(stateOf(disk, checkpoint, 'state').equals(memory)).toBe(true);
+      using state = disk.openState(checkpoint, 'state');
+      expect(state.contents.nextData(0)).toBe(20 * MIB);
+      expect(state.contents.nextHole(20 * MIB)).toBe(20 * MIB + 64 * KIB);
+    }));
+
+  it('remembers a guest whose arguments are long', async () => {
+    const talkative = { ...guest, argv: Array.from({ length: 300 }, (_, index) => `--argument=${index}`) };
+    await withDisk((disk) => takeWithMemory(disk, pattern(1000, 1), talkative));
+    await withDisk(async (disk) => expect(disk.details(named(disk, 'running')).guest).toEqual(talkative));
+  });
+
+  it('leaves nothing when it is given up, or the disk is closed', async () => {
+    for (const ending of ['abandon', 'close'] as const) {
+      const live = pattern(MIB, 3);
+      await withDisk(async (disk) => {
+        const pending = await disk.freeze('internal', 'running');
+        const { contents } = pending.createState('state');
+        write(contents, pattern(300_000, 4), 0);
+        write(disk.openLive().contents, live, 0);
+        expect(() => pending.createState('state')).toThrow(expect.objectContaining({ errno: 'EEXIST' }));
+        expect(() => pending.createState('other')).toThrow(expect.objectContaining({ errno: 'EINVAL' }));
+        if (ending === 'abandon') {
+          await pending.abandon();
+          await pending.abandon();
+          expect(() => contents.write(live, 0, 1000, 0)).toThrow(expect.objectContaining({ errno: 'EROFS' }));
+        }
+      });
+      await withDisk(async (disk) => {
+        expect(disk.checkpoints()).toEqual([]);
+        expect(read(disk.openLive().contents, 0, MIB).equals(live)).toBe(true);
+      });
+      expect(qemuImg('check', image)).toContain('No errors');
+    }
+  });
+
+  it('is written by several threads at once', async () => {
+    // The threads use what was built, and so must whoever shares memory with them.
+    const built = new URL('../../dist/disk/open-disk.js', import.meta.url).href;
+    const { openDisk: openBuilt } = (await import(built)) as { openDisk: typeof openDisk };
+    const disk = await openBuilt(image, { readOnly: false });
+    const threads = 3;
+    // Not a multiple of the cluster size: threads meet in clusters.
+    const [pieces, pieceBytes] = [500, 30_001];
+    try {
+      const pending = await disk.freeze('internal', 'running');
+      const { shared } = pending.createState('state');
+      const workers = Array.from({ length: threads }, (_, thread) => {
+        const workerData = { shared, thread, threads, pieces, pieceBytes };
+        const worker = new Worker(new URL('./state-writer.mjs', import.meta.url), { workerData });
+        return new Promise<void>((resolve, reject) => worker.on('error', reject).on('exit', () => resolve()));
+      });
+      const live = disk.openLive().contents;
+      for (let at = 0; at < 8 * MIB; at += 64 * KIB) write(live, Buffer.alloc(64 * KIB, 7), at);
+      await Promise.all(workers);
+      const checkpoint = await pending.publish({ consistency: 'memory' });
+      const state = stateOf(disk, checkpoint, 'state');
+      const expected = Buffer.concat(
+        Array.from({ length: pieces }, (_, index) => Buffer.alloc(pieceBytes, (index % 251) + 1)),
+      );
+      expect(state.equals(expected)).toBe(true);
+    } finally {
+      await disk.close();
+    }
+    expect(qemuImg('check', image)).toContain('No errors');
+  });
+});
+
+describe('a checkpoint without memory', () => {
+  beforeEach(() => void qemuImg('create', '-q', '-f', 'qcow2', image, '16M'));
+
+  it('remembers that the file systems stood still', async () => {
+    await withDisk(async (disk) => {
+      const taken = await disk.takeCheckpoint('still', { consistency: 'frozen' });
+      expect(taken).toMatchObject({ consistency: 'frozen', stateFiles: [], vmStateSize: 0 });
+      await disk.takeCheckpoint('plain');
+    });
+    qemuImg('snapshot', '-d', 'plain', image);
+    await withDisk(async (disk) => {
+      const renamed = await disk.renameCheckpoint(named(disk, 'still'), 'renamed');
+      expect(disk.details(renamed)).toEqual({ consistency: 'frozen', guest: undefined });
+      expect(() => disk.openState(renamed, 'state')).toThrow(expect.objectContaining({ errno: 'ENOENT' }));
+    });
+  });
+
+  it('is of one instant on disks that are held', async () => {
+    await withDisk(async (disk) => {
+      const live = disk.openLive().contents;
+      write(live, pattern(MIB, 1), 0);
+      const hold = await disk.holdWrites();
+      const pending = await disk.freeze('internal', 'held');
+      expect(live.write(Buffer.alloc(10), 0, 10, 0)).toBe(false);
+      let opened = false;
+      const waiting = disk.whenOpen().then(() => {
+        opened = true;
+      });
+      await pending.publish({ consistency: 'crash' });
+      expect(opened).toBe(false);
+      await hold[Symbol.asyncDispose]();
+      await waiting;
+      write(live, Buffer.alloc(10), 0);
+      using open = disk.openCheckpoint(named(disk, 'held'));
+      expect(read(open.contents, 0, MIB).equals(pattern(MIB, 1))).toBe(true);
+    });
   });
 });
