@@ -5,11 +5,14 @@
 import { type Backing, Image, type SharedImage } from '../qcow2/image.ts';
 import { imageBacking, rawBacking } from '../qcow2/layer.ts';
 import { HostFile, type SharedFile } from '../storage/host-file.ts';
+import { attachRun, type SharedRun } from './frozen-run.ts';
 
 interface SharedFileLayer {
   /** Unique in this process: another one when the file is opened anew. */
   readonly id: number;
   readonly file: SharedFile;
+  /** It and those below it that do not change are read as one. */
+  readonly run?: SharedRun;
 }
 
 /** One image of a chain; plain data that can be posted to another thread. */
@@ -26,6 +29,8 @@ export type SharedChain = readonly SharedLayer[];
 
 /** This thread's objects, by layer, as long as a view or a layer above uses them. */
 const images = new Map<number, WeakRef<Image>>();
+/** The same, by run. */
+const runs = new Map<number, WeakRef<Backing>>();
 /** This thread's slot in each image: an image that is attached again takes the one it had. */
 const threadSlots = new Map<number, number>();
 
@@ -34,18 +39,30 @@ export type AttachedTop = { readonly image: Image } | { readonly image: undefine
 
 /** This thread's object over the top layer, with those below it as its backing, also where they were others before. */
 export function attachChain(chain: SharedChain): AttachedTop {
-  let top: AttachedTop | undefined;
-  for (const layer of chain.toReversed()) {
-    if (layer.format === 'raw') {
-      top = { image: undefined, backing: rawBacking(HostFile.adopt(layer.file)) };
-      continue;
-    }
-    const image = images.get(layer.id)?.deref() ?? attachImage(layer);
-    image.backing = top === undefined ? undefined : backingOf(top);
-    top = { image };
-  }
+  const top = chain[0];
   if (top === undefined) throw new Error('a chain has at least one layer');
-  return top;
+  return attachTop(top, backingFrom(chain, 1));
+}
+
+/** The layers from `index` on as what is above reads them; undefined: there are none. */
+function backingFrom(chain: SharedChain, index: number): Backing | undefined {
+  const layer = chain[index];
+  if (layer === undefined) return undefined;
+  const { run } = layer;
+  if (run === undefined) return backingOf(attachTop(layer, backingFrom(chain, index + 1)));
+  const known = runs.get(run.id)?.deref();
+  if (known !== undefined) return known;
+  const end = index + run.count;
+  const backing = attachRun(run, chain.slice(index, end), backingFrom(chain, end));
+  runs.set(run.id, new WeakRef(backing));
+  return backing;
+}
+
+function attachTop(layer: SharedLayer, below: Backing | undefined): AttachedTop {
+  if (layer.format === 'raw') return { image: undefined, backing: rawBacking(HostFile.adopt(layer.file)) };
+  const image = images.get(layer.id)?.deref() ?? attachImage(layer);
+  image.backing = below;
+  return { image };
 }
 
 export const backingOf = (top: AttachedTop): Backing =>

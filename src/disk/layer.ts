@@ -1,15 +1,18 @@
 /** One image file of a disk, open and locked, with what is known of it. */
 import { basename } from 'node:path';
-import type { Header } from '../qcow2/header.ts';
+import { type Header, readHeader } from '../qcow2/header.ts';
 import type { Backing, Image, SharedImage } from '../qcow2/image.ts';
 import { imageBacking, rawBacking } from '../qcow2/layer.ts';
 import { openImage } from '../qcow2/open-image.ts';
 import type { SnapshotList } from '../qcow2/snapshots.ts';
 import type { HostFile } from '../storage/host-file.ts';
 import type { SharedChain, SharedLayer } from './chain.ts';
+import { attachRun, type SharedRun, shareRun } from './frozen-run.ts';
 import { markOf, type OverlayMark } from './overlay-mark.ts';
 
 let lastId = 0;
+/** Counts up whenever a layer comes to be another, or to stand on another. */
+let changes = 0;
 
 export interface LayerFile {
   /** As it was found: absolute. */
@@ -25,6 +28,8 @@ export interface LayerImage {
   readonly snapshots: SnapshotList;
   readonly image: Image;
   readonly shared: SharedImage;
+  /** Memory for its caches, in bytes. */
+  readonly cacheBytes: number;
 }
 
 export class Layer implements Disposable {
@@ -36,8 +41,21 @@ export class Layer implements Disposable {
   /** What makes it an overlay of this program. */
   mark: OverlayMark | undefined;
   #opened: LayerImage | undefined;
-  #backing!: Backing;
+  /** By itself, through its own caches. */
+  #own!: Backing;
   #shared!: SharedLayer;
+  /** What `backing` goes to, as of `changes`. */
+  #reader: WeakRef<Backing> | undefined;
+  #readerOf = -1;
+  /** The mapping that begins here, and the layers that it is of. */
+  #run: WeakRef<SharedRun> | undefined;
+  #runOf = '';
+  /** The layer and all below it, as what one above reads. It stays right whatever changes below. */
+  readonly backing: Backing = {
+    size: () => this.virtualSize,
+    read: (target, at, length, offset) => this.#read().read(target, at, length, offset),
+    extentAt: (offset, length) => this.#read().extentAt(offset, length),
+  };
 
   constructor({ path, file, data }: LayerFile, opened: LayerImage | undefined, below: Layer | undefined) {
     this.path = path;
@@ -72,14 +90,9 @@ export class Layer implements Disposable {
     return this.#opened.image;
   }
 
-  /** The layer and all below it, as what one above reads. */
-  get backing(): Backing {
-    return this.#backing;
-  }
-
   /** Bytes of its disk. */
   get virtualSize(): number {
-    return this.#backing.size();
+    return this.#own.size();
   }
 
   /** The layer and all below it, top first. */
@@ -91,7 +104,14 @@ export class Layer implements Disposable {
 
   /** For other threads. */
   get shared(): SharedChain {
-    return this.chain.map((layer) => layer.#shared);
+    const shared: SharedLayer[] = [this.#shared];
+    for (let layer = this.#below; layer !== undefined; ) {
+      const run = layer.#frozen();
+      shared.push({ ...layer.#shared, ...(run.length > 1 && { run: layer.#sharedRun(run) }) });
+      for (const other of run.slice(1)) shared.push(other.#shared);
+      layer = (run.at(-1) ?? layer).below;
+    }
+    return shared;
   }
 
   /** The file has another name now. */
@@ -102,6 +122,7 @@ export class Layer implements Disposable {
 
   /** Another layer is below it from now on, with the same contents. Other threads attach their views anew. */
   follow(below: Layer | undefined): void {
+    changes++;
     this.#below = below;
     if (this.#opened !== undefined) this.#opened.image.backing = below?.backing;
   }
@@ -109,15 +130,60 @@ export class Layer implements Disposable {
   /** The same file with memory of its own, after it was changed or is about to be. Those above must `follow` it. */
   reopen(opened: LayerImage | undefined): void {
     const id = ++lastId;
+    changes++;
     this.#opened = opened;
     if (opened === undefined) {
-      this.#backing = rawBacking(this.file);
+      this.#own = rawBacking(this.file);
       this.#shared = { id, file: this.file.share(), format: 'raw' };
     } else {
       opened.image.backing = this.#below?.backing;
-      this.#backing = imageBacking(opened.image);
+      this.#own = imageBacking(opened.image);
       this.#shared = { id, file: this.file.share(), format: 'qcow2', data: this.data?.share(), image: opened.shared };
     }
+  }
+
+  /** Nobody writes it. What a raw file holds may change, but not where. */
+  get isFrozen(): boolean {
+    return this.#opened === undefined || !this.#opened.image.geometry.writable;
+  }
+
+  /** The layers from this one down, as long as they do not change; none if this one does. */
+  #frozen(): readonly Layer[] {
+    const run: Layer[] = [];
+    for (let layer: Layer | undefined = this; layer?.isFrozen; layer = layer.#below) run.push(layer);
+    return run;
+  }
+
+  #sharedRun(run: readonly Layer[]): SharedRun {
+    const { below } = run.at(-1) ?? this;
+    const key = [...run, ...(below === undefined ? [] : [below])].map((layer) => layer.#shared.id).join();
+    const known = this.#runOf === key ? this.#run?.deref() : undefined;
+    if (known !== undefined) return known;
+    const made = shareRun(
+      run.map((layer) => layer.#shared),
+      this.#opened?.cacheBytes ?? 0,
+    );
+    this.#run = new WeakRef(made);
+    this.#runOf = key;
+    return made;
+  }
+
+  /** Through one mapping if there are several layers that do not change. */
+  #read(): Backing {
+    const known = this.#readerOf === changes ? this.#reader?.deref() : undefined;
+    if (known !== undefined) return known;
+    const run = this.#frozen();
+    const reader =
+      run.length < 2
+        ? this.#own
+        : attachRun(
+            this.#sharedRun(run),
+            run.map((layer) => layer.#shared),
+            run.at(-1)?.below?.backing,
+          );
+    this.#reader = new WeakRef(reader);
+    this.#readerOf = changes;
+    return reader;
   }
 
   [Symbol.dispose](): void {
@@ -130,6 +196,13 @@ export interface LoadOptions {
   readonly writable: boolean;
   /** Memory for the caches, in bytes. */
   readonly cacheBytes: number;
+}
+
+/** What was written is read only from now on: everything is in the file. @throws CorruptImage, FsError EIO */
+export function loadFrozen(layer: Layer): LayerImage {
+  if (layer.qcow2 === undefined) throw new Error(`${layer.path} is raw`);
+  const { snapshots, cacheBytes } = layer.qcow2;
+  return loadImage(layer, readHeader(layer.file), snapshots, { writable: false, cacheBytes });
 }
 
 /** The tables of an image into memory. @throws CorruptImage, FsError EIO */
@@ -149,5 +222,5 @@ export function loadImage(
     writable,
     cacheBytes,
   });
-  return { header, snapshots, ...opened };
+  return { header, snapshots, cacheBytes, ...opened };
 }

@@ -19,7 +19,7 @@ import { preparePull, pullUp } from '../qcow2/pull-up.ts';
 import { atOnce, inSteps, type StepOptions, type Steps } from '../qcow2/steps.ts';
 import { stopTracking, trackWrites, writtenBytes } from '../qcow2/written-map.ts';
 import { lockImage } from '../storage/image-lock.ts';
-import type { Layer } from './layer.ts';
+import { type Layer, loadFrozen } from './layer.ts';
 import type { LayerTree } from './layer-tree.ts';
 import { forgetElsewhere, reopenForWriting, standOn, switchLayer } from './overlay.ts';
 import { addName, removeOverlayFiles, replaceName, unlinkDurably } from './overlay-files.ts';
@@ -163,6 +163,7 @@ async function commitLayer(host: LayersHost, upper: Layer, lower: Layer, options
 /** The layer is only read from now on. */
 function freezeAgain(layer: Layer): void {
   closeImage(layer.image);
+  layer.reopen(loadFrozen(layer));
   lockImage(layer.file.fd, layer.path, 'read', 'write');
 }
 

@@ -13,7 +13,7 @@ import { l2Tables } from '../qcow2/references.ts';
 import { isMarked, unmark } from '../qcow2/session-mark.ts';
 import { HostFile } from '../storage/host-file.ts';
 import { lockImage } from '../storage/image-lock.ts';
-import { Layer, loadImage } from './layer.ts';
+import { Layer, type LayerImage, loadFrozen, loadImage } from './layer.ts';
 import { removeOverlayFiles } from './overlay-files.ts';
 import { encodeMark, type OverlayMark, overlaysElsewhere, rememberOverlays } from './overlay-mark.ts';
 
@@ -161,11 +161,14 @@ export async function switchLayer(
   image.checkUsable();
   closeGate(image);
   let closed = 1;
+  let frozen: LayerImage;
   try {
     // Closes the gate once more, and for good: nobody writes this layer any more.
     closeImage(image);
     closed++;
     image.checkUsable();
+    // What does not change any more is read together with the others below it.
+    frozen = loadFrozen(before);
     await commit();
   } catch (error) {
     for (; closed > 0; closed--) openGate(image);
@@ -175,6 +178,8 @@ export async function switchLayer(
   // Whoever holds the writes of the disk holds those of the next layer from now on.
   for (let held = (image.words[word.GATE] as number) - closed; held > 0; held--) closeGate(next.image);
   lockImage(before.file.fd, before.path, 'read', 'write');
+  before.reopen(frozen);
+  next.follow(next.below);
   activate();
   const done = relinked();
   openGate(next.image);

@@ -353,8 +353,12 @@ export class MergedLayers implements Backing {
 
   /** The same for the first `pieces` of the slice, one L2 table after the other. */
   #fillFromImage(layer: number, image: FrozenImage, at: number, start: number, pieces: number): number {
-    const { clusterBytes, l2SpanBytes } = image.geometry;
+    const { clusterBytes, l2SpanBytes, l2EntryBytes } = image.geometry;
     const piece = this.#pieceBytes;
+    const entries = this.#entries;
+    const words = this.#rawWords;
+    const entryWords = l2EntryBytes / 4;
+    const pieceWords = Math.max(1, piece / clusterBytes) * entryWords;
     const end = start + pieces * piece;
     let known = 0;
     for (let position = start; position < end; ) {
@@ -373,31 +377,25 @@ export class MergedLayers implements Backing {
         if (!(error instanceof FsError)) throw error;
         damaged = true;
       }
-      if (damaged || read > 0) {
-        // A piece that begins in one table and ends in another (tables of tiny clusters) does not occur: both are powers of two.
-        const firstPiece = (position - start) / piece;
-        const lastPiece = Math.ceil((tableEnd - start) / piece);
-        const base = tableStart + first * clusterBytes;
-        for (let index = firstPiece; index < lastPiece; index++) {
-          if (this.#entries[at + index * 2] !== 0) continue;
-          const guest = start + index * piece;
-          if (damaged) known += this.#enter(layer, at + index * 2, place.MIXED);
-          else if (!this.#isEmpty(image, guest - base))
-            known += this.#enterPiece(layer, image, at + index * 2, guest, base);
+      // A piece never begins in one table and ends in another: both are powers of two.
+      const lastPiece = Math.ceil((tableEnd - start) / piece);
+      const base = tableStart + first * clusterBytes;
+      for (let index = (position - start) / piece; index < lastPiece && (damaged || read > 0); index++) {
+        if (entries[at + index * 2] !== 0) continue;
+        const guest = start + index * piece;
+        if (damaged) {
+          known += this.#enter(layer, at + index * 2, place.MIXED);
+          continue;
         }
+        // Most entries are zeros in a long chain.
+        let word = Math.floor((guest - base) / clusterBytes) * entryWords;
+        const end = word + pieceWords;
+        while (word < end && words[word] === 0) word++;
+        if (word < end) known += this.#enterPiece(layer, image, at + index * 2, guest, base);
       }
       position = tableEnd;
     }
     return known;
-  }
-
-  /** Whether the entries of the piece at `offset` bytes behind the first one in `#raw` are all zeros, as most are in a long chain. */
-  #isEmpty({ geometry }: FrozenImage, offset: number): boolean {
-    const { clusterBytes, l2EntryBytes } = geometry;
-    const first = Math.floor(offset / clusterBytes) * (l2EntryBytes / 4);
-    const count = Math.max(1, this.#pieceBytes / clusterBytes) * (l2EntryBytes / 4);
-    for (let word = first; word < first + count; word++) if (this.#rawWords[word] !== 0) return false;
-    return true;
   }
 
   /** Enter one piece, whose L2 entries are in `#raw`, which begins at the guest offset `base`. @returns 1 if the layer has it */

@@ -7,6 +7,7 @@ import { cpus, tmpdir, totalmem, uptime } from 'node:os';
 import { join, resolve } from 'node:path';
 import { parseArgs } from 'node:util';
 import { bhyveSizes, measureBhyve, reportBhyve } from './bhyve-pause.ts';
+import { measureChain } from './chain.ts';
 import { checkpointSizes, measureCheckpoints, reportCheckpoints } from './checkpoints.ts';
 import { measureCopy } from './copy.ts';
 import { guestSizes, measureGuest, reportGuests } from './guest-pause.ts';
@@ -24,7 +25,7 @@ import {
   type Throughput,
 } from './throughput.ts';
 
-const OTHERS = ['copy', 'checkpoints', 'guests', 'memory'];
+const OTHERS = ['copy', 'chain', 'checkpoints', 'guests', 'memory'];
 const NAMES = [...jobs.map(({ name }) => name), ...OTHERS];
 
 const HELP = `npm run bench -- [options]
@@ -159,6 +160,7 @@ async function bench(options: Options, root: string, directory: string): Promise
   );
   const own = vdskfs(join(root, 'bin/vdskfs'));
   if (wanted.length > 0) await compare(wanted, options, own, root, directory);
+  if (chosen.has('chain')) print(await measureChain(own, [qemu('threads')], directory, options));
   if (chosen.has('copy')) print(await measureCopy(own, directory, options));
   if (chosen.has('checkpoints')) {
     const sizes = options.quick ? checkpointSizes.slice(0, 1) : checkpointSizes;
