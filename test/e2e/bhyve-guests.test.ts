@@ -385,6 +385,72 @@ if (driver === 'native') {
       expect(restored).toMatchObject({ status: 0, stdout: `restored ${2 * BLOCKS}\n`, stderr: '' });
     }));
 
+  it('a server that is killed while a guest saves its state leaves no trace of it', () =>
+    withDirectory(async (directory) => {
+      const host = await installBhyve(directory);
+      const image = join(directory, 'vm.qcow2');
+      const vm = `e2e${process.pid}-killed`;
+      await runOk('qemu-img', ['create', '-q', '-f', 'qcow2', image, '64M']);
+      const mounted = <T>(body: (tree: MountedTree) => Promise<T>): Promise<T> =>
+        withMount(image, { args: ['--guest', `vm=bhyve:${vm}`], env: host.env }, body);
+      await mounted(async (tree) => {
+        const guest = await startGuest(host, vm, { disks: [tree.path('vm', 'disk.raw')], delayUs: 100 });
+        try {
+          await mkdir(tree.path('vm', 'snapshots', 'before'));
+          await guest.setFault('hang 9');
+          const taken = mkdir(tree.path('vm', 'snapshots', 'torn')).then(
+            () => 'taken',
+            () => 'failed',
+          );
+          const kern = tree.path('vm', '.incoming', '2', 'state.kern');
+          await expect.poll(async () => (await stat(kern).catch(() => ({ size: 0 }))).size).toBeGreaterThan(200);
+          tree.signal('SIGKILL');
+          await tree.ended;
+          expect(await taken).toBe('failed');
+        } finally {
+          guest.kill();
+          await guest.ended;
+        }
+      });
+      await mounted(async (tree) => {
+        expect(await readdir(tree.path('vm', 'snapshots'))).toEqual(['before']);
+        expect(await compared(host, tree.path('vm', 'snapshots', 'before'))).toBe(`restored ${BLOCKS}`);
+      });
+      await runOk('qemu-img', ['check', image]);
+    }));
+
+  it('a host disk that is too small for the memory: ENOSPC, the guest runs on', () =>
+    withDirectory(async (directory) => {
+      const host = await installBhyve(directory);
+      const small = join(directory, 'small');
+      const image = join(small, 'vm.qcow2');
+      const vm = `e2e${process.pid}-full`;
+      await mkdir(small);
+      await runOk('mount', ['-t', 'tmpfs', '-o', 'size=64m', 'tmpfs', small]);
+      try {
+        await runOk('qemu-img', ['create', '-q', '-f', 'qcow2', image, '64M']);
+        await withMount(image, { args: ['--guest', `vm=bhyve:${vm}`], env: host.env }, async (tree) => {
+          const disk = tree.path('vm', 'disk.raw');
+          const guest = await startGuest(host, vm, { disks: [disk], delayUs: 100, memoryBytes: 80 << 20 });
+          try {
+            await expect(mkdir(tree.path('vm', 'snapshots', 'large'))).rejects.toMatchObject({ code: 'ENOSPC' });
+            expect(await readFile(tree.path('vm', 'control'), 'utf8')).toContain('disk is full');
+            expect(await readdir(tree.path('vm', 'snapshots'))).toEqual([]);
+            await expectChange(disk);
+            await mkdir(tree.path('vm', 'overlays', 'large')).catch((error) => expect(error.code).toBe('ENOSPC'));
+            expect(await readdir(tree.path('vm', 'overlays'))).toEqual([]);
+            await expectChange(disk);
+          } finally {
+            guest.kill();
+            await guest.ended;
+          }
+        });
+        await runOk('qemu-img', ['check', image]);
+      } finally {
+        await runOk('umount', [small]);
+      }
+    }));
+
   it('a guest of the name of its disk is found by itself, unless it is told that there is none', () =>
     withDirectory(async (directory) => {
       const host = await installBhyve(directory);
