@@ -135,13 +135,19 @@ export class IncomingFile implements FileNode, Disposable {
 
   async write(offset: number, data: Uint8Array): Promise<number> {
     const { folder } = this.#options;
-    await folder.beforeWrite(this.name);
-    return this.#changing(() => {
-      if (this.#kept !== undefined) return writeGrowing(this.#kept.contents, offset, data.length, data, 0);
-      if (offset + data.length > this.#early.length) this.#resizeEarly(offset + data.length);
-      this.#early.set(data, offset);
-      return data.length;
-    });
+    try {
+      await folder.beforeWrite(this.name);
+      return this.#changing(() => {
+        if (this.#kept !== undefined) return writeGrowing(this.#kept.contents, offset, data.length, data, 0);
+        if (offset + data.length > this.#early.length) this.#resizeEarly(offset + data.length);
+        this.#early.set(data, offset);
+        return data.length;
+      });
+    } catch (error) {
+      // The guest runs on when it hears of this, and then its disk needs the space that the checkpoint has taken.
+      if (error instanceof FsError) await folder.over;
+      throw error;
+    }
   }
 
   truncate(bytes: number): void {

@@ -22,6 +22,8 @@ export interface StateStore {
   freeze(): Promise<void>;
   /** After `freeze`: contents of a new file. */
   create(name: string): OpenState;
+  /** Something could not be written: the checkpoint is to be given up, and the folder disposed of then. */
+  failed(error: FsError): void;
 }
 
 export interface StateFolderOptions {
@@ -46,11 +48,17 @@ export class StateFolder extends Directory implements Disposable {
   #sealed = false;
   #failure: FsError | undefined;
   #waiting: (() => void)[] = [];
+  /** Resolves after the checkpoint was published or abandoned. */
+  readonly over: Promise<void>;
+  #end: () => void = () => {};
 
   constructor(options: StateFolderOptions) {
     super(options.place, options.parentIno);
     this.name = options.name;
     this.#options = options;
+    this.over = new Promise((resolve) => {
+      this.#end = resolve;
+    });
   }
 
   /** The first failure of a write to one of the files, or of the freezing: what the guest then says follows from it. */
@@ -100,6 +108,7 @@ export class StateFolder extends Directory implements Disposable {
   [Symbol.dispose](): void {
     this.seal();
     for (const file of this.#files.values()) file[Symbol.dispose]();
+    this.#end();
   }
 
   override async attributes(): Promise<Attributes> {
@@ -155,7 +164,10 @@ export class StateFolder extends Directory implements Disposable {
 
   /** A write failed. Returns the error, to be thrown. */
   failed(error: FsError): FsError {
-    if (!this.#sealed) this.#failure ??= error;
+    if (!this.#sealed && this.#failure === undefined) {
+      this.#failure = error;
+      this.#options.store.failed(error);
+    }
     return this.place.report(error);
   }
 

@@ -89,11 +89,13 @@ async function thaw(guest: Guest, still: FrozenFileSystems | undefined): Promise
 async function takeWithMemory(machine: Machine, guest: Guest, request: TakeRequest): Promise<Checkpoint> {
   const { disk, kind, name, suspend } = request;
   let frozen: Map<MountedDisk, PendingCheckpoint> | undefined;
+  const giveUp = new AbortController();
   using folder = disk.incoming.begin({
     freeze: async () => {
       frozen = await freezeAll(machine.disks, kind, name);
     },
     create: (file) => pendingOf(frozen, disk).createState(file),
+    failed: (error) => giveUp.abort(error),
   });
   let expected: number | undefined;
   machine.operation = () => ({
@@ -101,7 +103,6 @@ async function takeWithMemory(machine: Machine, guest: Guest, request: TakeReque
     // The rest is what the publishing takes.
     progress: expected ? Math.min(folder.bytes / expected, 0.99) : 0,
   });
-  const giveUp = new AbortController();
   // A signal such as SIGCHLD interrupts too, and a guest that was asked to end will end.
   using _interrupt = suspend ? undefined : relay(request.signal, giveUp);
   const late = setTimeout(() => giveUp.abort(timedOut(machine, guest)), machine.timeoutMs);

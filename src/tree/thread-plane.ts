@@ -72,7 +72,8 @@ export class ThreadPlane implements DataPlane {
       if (sync) contents.flush();
       return count;
     } catch (error) {
-      return this.#failed(fh, error);
+      // What the failure of a guest's state leads to is the main thread's, which tries again and decides when to answer.
+      return this.#grows(fh) && error instanceof FsError ? DEFER : this.#failed(fh, error);
     } finally {
       this.#leave();
     }
