@@ -61,7 +61,7 @@ export class PendingOverlay implements PendingCheckpoint {
         if (this.#states.size > 0) syncFolder(dirname(this.#overlay.path));
         return this.#ends.publish(details);
       } catch (error) {
-        await this.#ends.abandon();
+        await this.#takeBack();
         throw error;
       } finally {
         this.#close();
@@ -73,8 +73,17 @@ export class PendingOverlay implements PendingCheckpoint {
   }
 
   async abandon(): Promise<void> {
-    this.#ending ??= this.#ends.abandon().finally(() => this.#close());
+    this.#ending ??= this.#takeBack().finally(() => this.#close());
     await this.#ending;
+  }
+
+  /** On a host that is full, merging needs the space that the state has taken. */
+  async #takeBack(): Promise<void> {
+    try {
+      for (const { contents } of this.#states.values()) contents.setSize(0);
+    } finally {
+      await this.#ends.abandon();
+    }
   }
 
   #close(): void {
