@@ -5,7 +5,7 @@ import { countArgument, example, folderArgument, foldersArgument, sizeArgument }
 import { isDetachedServer, startDetached } from './detach.ts';
 import { type DriverName, driverNames } from './driver-name.ts';
 import { exitStatus } from './failure.ts';
-import { DEFAULT_GUEST_TIMEOUT, type GuestAddresses, guestArgument } from './guest-options.ts';
+import { DEFAULT_GUEST_TIMEOUT, diskArgument, type GuestAddresses, guestArgument } from './guest-options.ts';
 import { type LogLevel, logLevels, setLogLevel } from './log.ts';
 
 interface MountFlags {
@@ -18,6 +18,7 @@ interface MountFlags {
   readonly backingRoot?: readonly string[];
   readonly overlayDir?: string;
   readonly guest?: GuestAddresses;
+  readonly attached?: ReadonlySet<string>;
   readonly guestTimeout: number;
   readonly guestConfig?: string;
   readonly driver: DriverName;
@@ -40,6 +41,11 @@ export function addMount(program: Command): void {
       '--guest <disk=guest>',
       'whose disk it is: DISK=bhyve:VMNAME, DISK=qmp:SOCKET or DISK=none; left out: the bhyve VM of that name, when there is one',
       guestArgument,
+    )
+    .option(
+      '--attached <disk>',
+      'its guest has the qcow2 file itself open: only read it, and have the guest take checkpoints; found out where the file is locked',
+      diskArgument,
     )
     .option('--guest-timeout <seconds>', 'for a checkpoint of a guest', countArgument(1), DEFAULT_GUEST_TIMEOUT)
     .option('--guest-config <file>', "the guest's command line, or a file of bhyve_config(5), for restore-command")
@@ -65,12 +71,14 @@ async function mount(paths: readonly string[], flags: MountFlags, command: Comma
   }
   const sources = paths.slice(0, -1);
   const guests = flags.guest ?? new Map();
-  if (guests.size > 0) {
+  const attached = flags.attached ?? new Set<string>();
+  const said = new Set([...guests.keys(), ...attached]);
+  if (said.size > 0) {
     const { disksToMount } = await import('./images.ts');
     const names = (await disksToMount(sources)).map(({ name }) => name);
-    const stranger = [...guests.keys()].find((name) => !names.includes(name));
+    const stranger = [...said].find((name) => !names.includes(name));
     if (stranger !== undefined) {
-      command.error(`vdskfs: --guest: no disk ${stranger} is mounted; there are ${names.join(', ')}`, {
+      command.error(`vdskfs: no disk ${stranger} is mounted; there are ${names.join(', ')}`, {
         exitCode: exitStatus.USAGE,
       });
     }
@@ -91,6 +99,7 @@ async function mount(paths: readonly string[], flags: MountFlags, command: Comma
     backingRoots: flags.backingRoot ?? [],
     overlayFolder: flags.overlayDir,
     guests,
+    attached,
     guestTimeoutMs: flags.guestTimeout * 1000,
     guestConfig: flags.guestConfig === undefined ? undefined : resolve(flags.guestConfig),
     detached,

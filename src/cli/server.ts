@@ -2,6 +2,7 @@
 import { realpathSync } from 'node:fs';
 import { writeFile } from 'node:fs/promises';
 import { setTimeout as sleep } from 'node:timers/promises';
+import { openAttachedDisk } from '../disk/attached-disk.ts';
 import type { Disk } from '../disk/disk.ts';
 import { openDisk } from '../disk/open-disk.ts';
 import { FsError } from '../errors.ts';
@@ -16,13 +17,13 @@ import type { DriverName } from './driver-name.ts';
 import { exitStatus, sentenceOf } from './failure.ts';
 import type { GuestAddresses } from './guest-options.ts';
 import { withMountOf } from './image-target.ts';
-import { disksToMount } from './images.ts';
+import { disksToMount, type SourceDisk } from './images.ts';
 import { say } from './log.ts';
-import { type Machine, machinesOf } from './machines.ts';
+import { Guests } from './machines.ts';
 import { prepareMountpoint } from './mountpoint.ts';
 import { processStart } from './process.ts';
 import type { ServerMessage } from './server-message.ts';
-import { removeState, type ServerState, stateDirectory, writeState } from './state.ts';
+import { removeState, type ServerState, servedImage, stateDirectory, writeState } from './state.ts';
 import { type StopSignals, watchStopSignals } from './stop-signals.ts';
 
 export interface ServeOptions {
@@ -42,6 +43,8 @@ export interface ServeOptions {
   /** Where new overlays go; undefined: beside the image. */
   readonly overlayFolder: string | undefined;
   readonly guests: GuestAddresses;
+  /** Disks whose images their guests have open. */
+  readonly attached: ReadonlySet<string>;
   readonly guestTimeoutMs: number;
   /** Absolute path. */
   readonly guestConfig: string | undefined;
@@ -58,18 +61,22 @@ const LAST_REQUESTS_MS = 2000;
  */
 export async function serve(options: ServeOptions): Promise<void> {
   const signals = watchStopSignals();
-  const images = (await disksToMount(options.sources)).map(({ image }) => image);
+  const sources = await disksToMount(options.sources);
+  const guests = new Guests({ guests: options.guests, configFile: options.guestConfig });
   stateDirectory(); // unusable, it is better known before anything is mounted
   const mountpoint = await prepareMountpoint(options.mountpoint, options);
   const disks: Disk[] = [];
   let tree: Tree | undefined;
   let mounted: Mounted;
   try {
-    for (const image of images) {
+    for (const source of sources) {
       refuseIfStopped(signals);
-      disks.push(await openImage(image, mountpoint, options));
+      disks.push(await openSource(source, guests, mountpoint, options));
     }
-    tree = createTree(disks, { machines: machines(disks, mountpoint, options) });
+    const names = disks.map(({ name }) => name);
+    tree = createTree(disks, {
+      machines: guests.machinesOf(names, { timeoutMs: options.guestTimeoutMs, mountpoint }),
+    });
     mounted = await mountTree(tree, disks, mountpoint, options);
   } catch (error) {
     tree?.close();
@@ -101,22 +108,28 @@ export async function serve(options: ServeOptions): Promise<void> {
   await closeAll(disks, state);
 }
 
-function machines(disks: readonly Disk[], mountpoint: string, options: ServeOptions): Machine[] {
-  const { guests, guestTimeoutMs: timeoutMs, guestConfig: configFile } = options;
-  const names = disks.map(({ name }) => name);
-  return machinesOf(names, { guests, timeoutMs, configFile, mountpoint });
-}
-
 function refuseIfStopped(signals: StopSignals): void {
   if (signals.count > 0) throw new FsError('EINTR', 'stopped by a signal before anything was mounted');
 }
 
-async function openImage(image: string, mountpoint: string, options: ServeOptions): Promise<Disk> {
-  const { readOnly, cacheBytes, backingRoots, overlayFolder } = options;
-  const cache = cacheBytes === undefined ? {} : { cacheBytes };
+/** A disk is attached where that was said, and where its image is locked while there is a guest who may have locked it. */
+async function openSource(
+  source: SourceDisk,
+  guests: Guests,
+  mountpoint: string,
+  options: ServeOptions,
+): Promise<Disk> {
+  const { image, name } = source;
+  const { readOnly, cacheBytes, backingRoots, overlayFolder, guestTimeoutMs: timeoutMs } = options;
+  const common = { backingRoots, avoid: [mountpoint], ...(cacheBytes !== undefined && { cacheBytes }) };
+  const attach = () =>
+    openAttachedDisk(image, { ...common, name, timeoutMs, guest: () => guests.holderOf(name, image) });
+  if (options.attached.has(name)) return attach();
   try {
-    return await openDisk(image, { readOnly, backingRoots, overlayFolder, avoid: [mountpoint], ...cache });
+    return await openDisk(image, { ...common, readOnly, overlayFolder });
   } catch (error) {
+    const locked = error instanceof FsError && error.errno === 'EBUSY' && servedImage(image) === undefined;
+    if (locked && (await guests.mayHold(name))) return attach();
     throw withMountOf(image, error);
   }
 }

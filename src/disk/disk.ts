@@ -205,8 +205,15 @@ export interface Disk {
   /** The image's file name without .qcow2. */
   readonly name: string;
   readonly imagePath: string;
+  /** `attached`: the guest's own process has the image open and writes it; here it is only read. */
+  readonly owner: 'served' | 'attached';
   /** The image cannot be written: asked for, a read-only file, or found corrupt; the reason in words. */
   readonly readOnly: string | undefined;
+  /**
+   * See what others have changed in an image that is not ours to write, before anyone looks: which checkpoints there
+   * are, or the live contents too.
+   */
+  refresh(what: 'checkpoints' | 'contents'): Promise<void>;
   /** Modification time of the image's bytes in milliseconds. */
   modifiedMs(): number;
   info(): DiskInfo;

@@ -20,6 +20,10 @@ export interface TreeOptions {
   readonly backingRoots?: readonly string[];
   /** Mountpoints of this process: never looked into. */
   readonly avoid?: readonly string[];
+  /**
+   * The guest's own process has the image open: only this image and what is below it, for reading, without locks.
+   */
+  readonly unlocked?: boolean;
 }
 
 export class LayerTree implements Disposable {
@@ -48,9 +52,10 @@ export class LayerTree implements Disposable {
 
   /** Open everything that belongs to the disk of an image, and lock it. @throws FsError with nothing left open */
   static async open(path: string, options: TreeOptions): Promise<LayerTree> {
-    const found = await discoverDisk(new FolderScan(options.avoid), path, foldersOf(options));
+    const { unlocked = false } = options;
+    const found = unlocked ? alone(path) : await discoverDisk(new FolderScan(options.avoid), path, foldersOf(options));
     // A disk of one image keeps the path that it was given by.
-    const alone = found.overlays.length === 0;
+    const single = found.overlays.length === 0;
     const hindrance = options.readOnly ? undefined : hindranceOf(found);
     const layers = new Map<string, Layer>();
     const keep = (top: Layer): void => {
@@ -58,10 +63,11 @@ export class LayerTree implements Disposable {
     };
     const ours = new Set([found.bottom, ...found.overlays.map((overlay) => overlay.path)]);
     try {
-      const chain = await openChain(alone ? path : found.active, {
+      const chain = await openChain(single ? path : found.active, {
         readOnly: options.readOnly || hindrance !== undefined,
         cacheBytes: options.cacheBytes,
         mayWrite: options.readOnly ? new Set() : ours,
+        unlocked,
       });
       keep(chain.top);
       let { unwritable = hindrance } = chain;
@@ -75,7 +81,7 @@ export class LayerTree implements Disposable {
         }
       }
       if (!options.readOnly && unwritable === undefined) rememberMoved(found.moved, layers);
-      const bottom = alone ? chain.top : layers.get(found.bottom);
+      const bottom = single ? chain.top : layers.get(found.bottom);
       if (bottom === undefined) throw new FsError('EIO', `${path}: the chain changed while it was being opened`);
       return new LayerTree(bottom, chain.top, layers.values(), options, unwritable);
     } catch (error) {
@@ -177,6 +183,16 @@ function rememberMoved(moved: DiscoveredDisk['moved'], layers: ReadonlyMap<strin
     }
   }
 }
+
+const alone = (path: string): DiscoveredDisk => ({
+  bottom: path,
+  overlays: [],
+  active: path,
+  foreign: [],
+  missing: [],
+  ambiguous: [],
+  moved: [],
+});
 
 const foldersOf = ({ overlayFolder, backingRoots = [] }: TreeOptions): readonly string[] =>
   overlayFolder === undefined ? backingRoots : [overlayFolder, ...backingRoots];

@@ -23,6 +23,8 @@ export interface OpenChainOptions {
   readonly known?: ReadonlyMap<string, Layer>;
   /** Layers below the top that a merge may write one day: opened for it, locked as the others. By path without links. */
   readonly mayWrite?: ReadonlySet<string>;
+  /** Take no locks: the guest's own process has the image open for writing, and here it is only read. */
+  readonly unlocked?: boolean;
 }
 
 export interface OpenChain {
@@ -95,7 +97,7 @@ function openLayers(path: string, options: OpenChainOptions, opened: HostFile[])
   }
   const below = openBelow(path, header, options, opened);
   const snapshots = snapshotList(header, readSnapshotTable(file, header));
-  const data = openDataFile(path, header, canWrite, opened);
+  const data = openDataFile(path, header, canWrite, options, opened);
   const { cacheBytes } = options;
   const image = loadImage({ path, file, data }, header, snapshots, { writable: canWrite, cacheBytes });
   return { top: new Layer({ path, file, data }, image, below), unwritable };
@@ -114,15 +116,16 @@ function openTop(
       return { file, writable: true, reason: undefined };
     } catch (error) {
       if (!isForbidden(error)) throw error;
-      const file = openLocked(path, opened);
+      const file = openLocked(path, options, opened);
       return { file, writable: false, reason: `${path} may not be written on the host` };
     }
   }
-  return { file: openLocked(path, opened, options.mayWrite?.has(path)), writable: false, reason: undefined };
+  return { file: openLocked(path, options, opened), writable: false, reason: undefined };
 }
 
 /** For reading, locked as a backing file; the descriptor can write where that is wanted and possible. */
-function openLocked(path: string, opened: HostFile[], mayWrite = false): HostFile {
+function openLocked(path: string, options: OpenChainOptions, opened: HostFile[]): HostFile {
+  const mayWrite = options.mayWrite?.has(path) === true;
   let file: HostFile;
   try {
     file = openFile(path, !mayWrite, opened);
@@ -130,7 +133,7 @@ function openLocked(path: string, opened: HostFile[], mayWrite = false): HostFil
     if (!mayWrite || !isForbidden(error)) throw error;
     file = openFile(path, true, opened);
   }
-  lockImage(file.fd, path, 'read');
+  if (options.unlocked !== true) lockImage(file.fd, path, 'read');
   return file;
 }
 
@@ -146,13 +149,19 @@ function withoutLinks(path: string): string {
   }
 }
 
-function openDataFile(path: string, header: Header, writable: boolean, opened: HostFile[]): HostFile | undefined {
+function openDataFile(
+  path: string,
+  header: Header,
+  writable: boolean,
+  options: OpenChainOptions,
+  opened: HostFile[],
+): HostFile | undefined {
   if (!header.externalDataFile) return undefined;
   if (header.dataFile === undefined) {
     throw new FsError('EINVAL', `${path} needs an external data file but does not name it; its header is damaged`);
   }
   const dataPath = locateData(path, header.dataFile);
-  if (!writable) return openLocked(dataPath, opened);
+  if (!writable) return openLocked(dataPath, options, opened);
   const data = openFile(dataPath, false, opened);
   lockImage(data.fd, dataPath, 'write');
   return data;
@@ -183,7 +192,7 @@ function openBelow(path: string, top: Header, options: OpenChainOptions, opened:
     if (bottom !== undefined) break;
     let file: HostFile;
     try {
-      file = openLocked(backingPath, opened, options.mayWrite?.has(backingPath));
+      file = openLocked(backingPath, options, opened);
     } catch (error) {
       const { errno, message } = error instanceof FsError ? error : { errno: 'EIO' as const, message: String(error) };
       throw new FsError(errno, `${above.path}: its backing file cannot be used: ${message}`, { cause: error });
@@ -203,7 +212,7 @@ function openBelow(path: string, top: Header, options: OpenChainOptions, opened:
   // From the bottom up: each stands on the one before.
   return found.toReversed().reduce<Layer | undefined>((below, { path: layerPath, file, header }) => {
     if (header === undefined) return new Layer({ path: layerPath, file }, undefined, below);
-    const data = openDataFile(layerPath, header, false, opened);
+    const data = openDataFile(layerPath, header, false, options, opened);
     const { cacheBytes } = options;
     const image = loadImage({ path: layerPath, file, data }, header, snapshotsBelow(file, header), {
       writable: false,

@@ -59,6 +59,7 @@ type Change = 'contents' | 'size' | 'checkpoints';
 export class OpenedDisk implements Disk {
   readonly name: string;
   readonly imagePath: string;
+  readonly owner = 'served';
   readonly readOnly: string | undefined;
   readonly #tree: LayerTree;
   readonly #views = new Views();
@@ -106,6 +107,9 @@ export class OpenedDisk implements Disk {
     if (qcow2 === undefined) throw new Error('the live image is qcow2');
     return qcow2.snapshots;
   }
+
+  /** Nobody else writes it. */
+  async refresh(): Promise<void> {}
 
   modifiedMs(): number {
     return statSync(this.#tree.active.path).mtimeMs;

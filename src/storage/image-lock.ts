@@ -48,6 +48,16 @@ export function lockImage(fd: number, path: string, mode: LockMode, held: LockMo
   else lockBytes(system, fd, path, mode, held);
 }
 
+/**
+ * Whether another process has the image open for writing, as far as QEMU's locks tell; takes none itself. Undefined where
+ * locks cannot be looked at without taking one.
+ */
+export function isWritten(fd: number): boolean | undefined {
+  const system = systemCalls();
+  if (system.locking === 'file') return undefined;
+  return system.testByte(fd, { offset: USES.write, kind: 'exclusive' }) < 0;
+}
+
 function lockBytes(system: SystemCalls, fd: number, path: string, mode: LockMode, held: LockMode | 'none'): void {
   const added = HELD[mode].filter((offset) => !HELD[held].includes(offset));
   const dropped = HELD[held].filter((offset) => !HELD[mode].includes(offset));

@@ -32,6 +32,7 @@ export class ByIdDirectory extends Directory {
   }
 
   override async lookup(name: string): Promise<Node> {
+    await this.#mounted.disk.refresh('checkpoints');
     const checkpoint = this.#mounted.disk.checkpoints().find((one) => shortName(one) === name);
     if (checkpoint === undefined) throw this.absent(name);
     return this.#node(checkpoint);

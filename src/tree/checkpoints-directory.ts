@@ -40,15 +40,18 @@ export class CheckpointsDirectory extends Directory {
   }
 
   override async attributes(): Promise<Attributes> {
-    const permissions = this.#mounted.disk.readOnly === undefined ? 0o755 : 0o555;
+    await this.#mounted.disk.refresh('checkpoints');
+    const permissions = this.#mounted.fixed === undefined ? 0o755 : 0o555;
     return directoryAttributes({ permissions, timeMs: this.#changedMs }, this.#read().size);
   }
 
   override async lookup(name: string): Promise<Node> {
+    await this.#mounted.disk.refresh('checkpoints');
     return this.#node(this.#named(name));
   }
 
   override async list(): Promise<readonly DirectoryEntry[]> {
+    await this.#mounted.disk.refresh('checkpoints');
     return Array.from(this.#read(), ([name, checkpoint]) => ({ name, node: this.#node(checkpoint) }));
   }
 

@@ -196,7 +196,7 @@ async function status(mounted: MountedDisk): Promise<string> {
   return [
     `disk: ${disk.name}`,
     `image: ${disk.imagePath}`,
-    'owner: served',
+    `owner: ${disk.owner}`,
     `guest: ${name ?? 'none'}`,
     `kind: ${kind}`,
     `alive: ${alive ? 'yes' : 'no'}`,

@@ -86,7 +86,7 @@ export function createDiskDirectory({
     path: () => `${disk.name}/info.json`,
     text: () => diskInfoText(disk, machine.lastStatus),
     timeMs,
-    refresh: () => machine.status(),
+    refresh: () => Promise.all([disk.refresh('checkpoints'), machine.status()]),
   });
   const entries = new Map<string, Node>([
     ['disk.raw', diskFile],

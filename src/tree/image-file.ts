@@ -74,6 +74,7 @@ export class ImageFile implements FileNode {
       if (writable) this.#refuseIfReadOnly('opened for writing');
       if (writable && (flags & constants.O_TRUNC) !== 0 && size() > 0) throw this.#shrinking(0);
       checkpoint();
+      if (kind === 'live') await mounted.disk.refresh('contents');
       const writes = writable ? { start: base, end: base + length } : undefined;
       const leave = await mounted.openFiles.add({ label: label(), checkpoint, writes });
       try {

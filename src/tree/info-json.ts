@@ -19,7 +19,9 @@ export function diskInfoText(disk: Disk, { kind, name: guest, alive }: MachineSt
   return pretty({
     name,
     image,
-    owner: 'served',
+    owner: disk.owner,
+    // Read while its guest writes it, without asking the guest.
+    ...(disk.owner === 'attached' && { live: 'inconsistent' }),
     readOnly: disk.readOnly ?? null,
     virtualSize,
     allocatedSize,

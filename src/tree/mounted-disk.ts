@@ -77,6 +77,11 @@ export class MountedDisk {
     return this.machine.operation?.() ?? this.disk.operation();
   }
 
+  /** Why checkpoints are neither taken nor deleted; where the guest holds the image, it does that. */
+  get fixed(): string | undefined {
+    return this.disk.owner === 'attached' ? undefined : this.disk.readOnly;
+  }
+
   /** What the disk's last command answered, or why the last refused call was refused. */
   get lastAnswer(): string {
     return this.#lastAnswer;
@@ -126,14 +131,14 @@ export class MountedDisk {
 
   /** @throws FsError EROFS, EEXIST where a new checkpoint cannot have this name */
   refuseNewName(kind: CheckpointKind, name: string): void {
-    this.#refuseIfReadOnly();
+    this.#refuseIfFixed();
     this.#refuseIfTaken(kind, name);
   }
 
   /** @throws FsError EBUSY while a file of it is open, EROFS, and the disk's own */
   async delete(checkpoint: Checkpoint, options: DeleteOptions = {}): Promise<void> {
-    this.#refuseIfReadOnly();
-    await this.openFiles.whileUnopened(checkpoint, () => this.disk.deleteCheckpoint(checkpoint, options));
+    this.#refuseIfFixed();
+    await this.openFiles.whileUnopened(checkpoint, () => this.#deleteUnopened(checkpoint, options));
   }
 
   /**
@@ -161,8 +166,8 @@ export class MountedDisk {
    *   for its own
    */
   async rollback(checkpoint: Checkpoint): Promise<void> {
-    this.#refuseIfReadOnly();
     await this.machine.refuseIfAlive(`Rolling back ${this.disk.name}`);
+    this.#refuseIfReadOnly();
     await this.openFiles.exclusively(`rollback to ${quote(checkpoint.name)}`, () => this.disk.rollback(checkpoint));
   }
 
@@ -191,9 +196,21 @@ export class MountedDisk {
     return this.openFiles.exclusively(`shrinking ${this.disk.name}`, () => this.disk.resize(bytes, options));
   }
 
+  async #deleteUnopened(checkpoint: Checkpoint, options: DeleteOptions): Promise<void> {
+    if (this.disk.owner === 'attached') await this.machine.refuseIfOff(`Deleting ${quote(checkpoint.name)}`);
+    await this.disk.deleteCheckpoint(checkpoint, options);
+  }
+
   #refuseIfReadOnly(): void {
-    const { name, readOnly } = this.disk;
-    if (readOnly !== undefined) throw new FsError('EROFS', `${name} cannot be changed: ${readOnly}.`);
+    this.#refuseBecause(this.disk.readOnly);
+  }
+
+  #refuseIfFixed(): void {
+    this.#refuseBecause(this.fixed);
+  }
+
+  #refuseBecause(reason: string | undefined): void {
+    if (reason !== undefined) throw new FsError('EROFS', `${this.disk.name} cannot be changed: ${reason}.`);
   }
 
   /** Real names count too: a second checkpoint of that name would be shown under another. */

@@ -37,12 +37,14 @@ const CLOSING_MS = 5000;
 export function takeCheckpoint(machine: Machine, request: TakeRequest): Promise<Checkpoint> {
   return machine.inTurn(request.signal, async () => {
     validateNewName(request.name);
+    for (const { disk } of machine.disks) await disk.refresh('checkpoints');
     for (const disk of machine.disks) disk.refuseNewName(request.kind, request.name);
     return machine.withGuest((guest) => takeOf(machine, guest, request));
   });
 }
 
 async function takeOf(machine: Machine, guest: Guest | undefined, request: TakeRequest): Promise<Checkpoint> {
+  if (machine.disks.some(({ disk }) => disk.owner === 'attached')) return takeAttached(machine, guest, request);
   const { alive, name } = await machine.statusOf(guest);
   if (guest !== undefined && alive) {
     return request.withoutMemory ? takeOfRunning(machine, guest, request) : takeWithMemory(machine, guest, request);
@@ -53,6 +55,32 @@ async function takeOf(machine: Machine, guest: Guest | undefined, request: TakeR
       : new FsError('ENOTCONN', `Guest ${name} does not run: there is nothing to suspend; take a checkpoint instead.`);
   }
   return takeOfDisks(machine, request, 'crash');
+}
+
+/** The guest holds the images, takes the checkpoint itself, and keeps of its memory what it is made to keep. */
+async function takeAttached(machine: Machine, guest: Guest | undefined, request: TakeRequest): Promise<Checkpoint> {
+  const { disk: asked, kind, name, suspend } = request;
+  const served = machine.disks.find(({ disk }) => disk.owner === 'served');
+  if (served !== undefined) {
+    throw new FsError('ENOTSUP', `The guest holds some of its images itself, but not that of ${served.disk.name}.`);
+  }
+  if (suspend)
+    throw new FsError('ENOTSUP', 'suspend is for guests whose disk is served: this one holds its image itself.');
+  await machine.refuseIfOff(`Checkpoint ${JSON.stringify(name)}`);
+  // bhyve takes it of all its disks at once. QEMU does of one after the other: it stands still meanwhile.
+  if (guest?.kind !== 'qemu' || machine.disks.length === 1) return asked.disk.takeCheckpoint(name, { kind });
+  const taken = new Map<MountedDisk, Checkpoint>();
+  const running = (await guest.status()).state === 'running';
+  if (running) await guest.pause();
+  try {
+    for (const mounted of machine.disks) taken.set(mounted, await mounted.disk.takeCheckpoint(name, { kind }));
+  } catch (error) {
+    await deleteAll(taken);
+    throw error;
+  } finally {
+    if (running) await guest.resume();
+  }
+  return taken.get(asked) as Checkpoint;
 }
 
 /** No guest runs, or nothing of it is wanted. */
@@ -204,12 +232,16 @@ async function publishAll(
     return published.get(asked) as Checkpoint;
   } catch (error) {
     await abandonAll(left);
-    for (const [{ disk }, checkpoint] of published) {
-      await disk
-        .deleteCheckpoint(checkpoint)
-        .catch((cause) => log('%s: %s stays: %o', disk.name, checkpoint.name, cause));
-    }
+    await deleteAll(published);
     throw error;
+  }
+}
+
+async function deleteAll(taken: ReadonlyMap<MountedDisk, Checkpoint>): Promise<void> {
+  for (const [{ disk }, checkpoint] of taken) {
+    await disk
+      .deleteCheckpoint(checkpoint)
+      .catch((error) => log('%s: %s stays: %o', disk.name, checkpoint.name, error));
   }
 }
 

@@ -1,7 +1,7 @@
 import { InvalidArgumentError } from 'commander';
 import { describe, expect, it } from 'vitest';
 import { guestArgument } from '../../src/cli/guest-options.ts';
-import { machinesOf } from '../../src/cli/machines.ts';
+import { Guests } from '../../src/cli/machines.ts';
 
 describe('--guest', () => {
   it('says the guest of each disk, also of one with = in its name', () => {
@@ -25,7 +25,7 @@ describe('the machines of a mount', () => {
   const machines = (disks: string[], ...words: string[]) => {
     let guests = new Map() as ReturnType<typeof guestArgument>;
     for (const word of words) guests = guestArgument(word, guests);
-    return machinesOf(disks, { guests, timeoutMs: 1, configFile: undefined, mountpoint: '/mnt' });
+    return new Guests({ guests, configFile: undefined }).machinesOf(disks, { timeoutMs: 1, mountpoint: '/mnt' });
   };
 
   it('have the disks that were given the same guest, or are called as its VM', () => {

@@ -152,6 +152,7 @@ export function attachFake({ id }: SharedContents): Contents {
 export class FakeDisk implements Disk {
   readonly name: string;
   readonly imagePath: string;
+  owner: Disk['owner'] = 'served';
   readOnly: string | undefined;
   live: FakeContents;
   gateClosed = false;
@@ -203,6 +204,12 @@ export class FakeDisk implements Disk {
     this.gateClosed = false;
     for (const resolve of this.#whenOpen) resolve();
     this.#whenOpen = [];
+  }
+
+  refreshed = 0;
+
+  async refresh(): Promise<void> {
+    this.refreshed++;
   }
 
   modifiedMs(): number {

@@ -304,6 +304,69 @@ describe('a guest with two disks', () => {
   });
 });
 
+describe('a guest that holds its images itself', () => {
+  const hold = (...names: string[]) => {
+    mount(...names);
+    for (const disk of disks) {
+      disk.owner = 'attached';
+      disk.readOnly = 'its guest has it open';
+    }
+  };
+  beforeEach(() => hold('vm1'));
+
+  it('takes and deletes its checkpoints, and is asked for nothing else', async () => {
+    await mkdir('a');
+    expect(guest.log).toEqual([]);
+    expect(await taken()).toEqual(['a']);
+    expect(await errnoOf(mkdir('a'))).toBe('EEXIST');
+    await (await directoryAt(root, 'vm1/snapshots')).removeDirectory('a', caller);
+    expect(await taken()).toEqual([]);
+    expect(await errnoOf(run('suspend b'))).toBe('ENOTSUP');
+    expect(await errnoOf(run('resize 4194304'))).toBe('EROFS');
+    expect(await errnoOf(open(root, 'vm1/disk.raw', O_RDWR))).toBe('EROFS');
+    expect((await (await at(root, 'vm1/snapshots')).attributes()).mode & 0o777).toBe(0o755);
+    expect(JSON.parse(await text(root, 'vm1/info.json'))).toMatchObject({ owner: 'attached', live: 'inconsistent' });
+    await run('status');
+    expect(await answer()).toContain('owner: attached\n');
+  });
+
+  it('has to run for that', async () => {
+    await mkdir('a');
+    guest.alive = false;
+    expect(await errnoOf(mkdir('b'))).toBe('ENOTCONN');
+    const folder = await directoryAt(root, 'vm1/snapshots');
+    expect(await errnoOf(folder.removeDirectory('a', caller))).toBe('ENOTCONN');
+    found = undefined;
+    expect(await errnoOf(mkdir('b'))).toBe('ENOTSUP');
+    expect(await taken()).toEqual(['a']);
+  });
+
+  it('stands still while it takes those of several disks, if it takes them one by one', async () => {
+    hold('vm1', 'data');
+    const log: string[] = [];
+    Object.defineProperty(guest, 'kind', { value: 'qemu' });
+    guest.pause = async () => String(log.push('pause'));
+    guest.resume = async () => String(log.push('resume'));
+    for (const disk of disks) {
+      const take = disk.takeCheckpoint.bind(disk);
+      disk.takeCheckpoint = (...args) => {
+        log.push(disk.name);
+        return take(...args);
+      };
+    }
+    await mkdir('a', 'data');
+    expect(log).toEqual(['pause', 'vm1', 'data', 'resume']);
+    expect([await taken(), await taken('data')]).toEqual([['a'], ['a']]);
+    const [, second] = disks as [FakeDisk, FakeDisk];
+    second.takeCheckpoint = async () => {
+      throw new FsError('ENOSPC', 'full');
+    };
+    expect(await errnoOf(mkdir('b', 'data'))).toBe('ENOSPC');
+    expect([await taken(), await taken('data')]).toEqual([['a'], ['a']]);
+    expect(log.at(-1)).toBe('resume');
+  });
+});
+
 describe('.incoming', () => {
   it('is hidden, and takes nothing but state', async () => {
     expect(await names(root, 'vm1')).not.toContain('.incoming');

@@ -36,6 +36,8 @@ export interface QemuGuestOptions {
   readonly socketPath: string;
   /** The qcow2 image that QEMU itself has open; undefined where its disk is served by us. */
   readonly attachedImage?: string;
+  /** Shared by all who talk to this socket: QEMU serves one client at a time. */
+  readonly monitor?: Monitor;
 }
 
 export class QemuGuest implements Guest {
@@ -45,8 +47,8 @@ export class QemuGuest implements Guest {
   /** The socket's file name until QEMU has told its own. */
   #name: string;
 
-  constructor({ socketPath, attachedImage }: QemuGuestOptions) {
-    this.#monitor = new Monitor(socketPath);
+  constructor({ socketPath, attachedImage, monitor = new Monitor(socketPath) }: QemuGuestOptions) {
+    this.#monitor = monitor;
     this.#name = basename(socketPath).replace(/\.(sock|socket|qmp)$/, '');
     this.attached = attachedImage === undefined ? undefined : attachedCheckpoints(this.#monitor, attachedImage);
   }
