@@ -28,7 +28,7 @@ export function encodeRecord(details: CheckpointDetails, files: readonly Archive
   const record = {
     vdskfs: VERSION,
     consistency: details.consistency,
-    files: files.map(({ name, offset, bytes }) => [name, offset, bytes]),
+    files: files.map(({ name, offset, bytes, allocatedBytes }) => [name, offset, bytes, allocatedBytes]),
   };
   const whole = Buffer.from(JSON.stringify({ ...record, guest: details.guest }));
   return whole.length <= MAX_APPLICATION_BYTES
@@ -79,10 +79,11 @@ const isObject = (value: unknown): value is Record<string, unknown> =>
 
 function toFile(value: unknown, vmStateBytes: number): ArchivedFile | undefined {
   if (!Array.isArray(value)) return undefined;
-  const [name, offset, bytes] = value as unknown[];
+  const [name, offset, bytes, allocatedBytes] = value as unknown[];
   const isSize = (size: unknown): size is number => Number.isSafeInteger(size) && (size as number) >= 0;
   if (typeof name !== 'string' || !stateFileNames.includes(name) || !isSize(offset) || !isSize(bytes)) return undefined;
-  return offset + bytes <= vmStateBytes ? { name, offset, bytes } : undefined;
+  if (offset + bytes > vmStateBytes) return undefined;
+  return { name, offset, bytes, allocatedBytes: isSize(allocatedBytes) ? Math.min(bytes, allocatedBytes) : bytes };
 }
 
 function toGuest(value: unknown): GuestIdentity | undefined {

@@ -55,6 +55,8 @@ export interface CheckpointDetails {
 export interface StateFileEntry {
   readonly name: string;
   readonly bytes: number;
+  /** What it takes without its holes, for st_blocks; about. */
+  readonly allocatedBytes: number;
 }
 
 /** A checkpoint, as `ls` and info.json list it. */

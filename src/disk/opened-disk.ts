@@ -643,7 +643,7 @@ function checkpointOf(entry: SnapshotEntry, name: string, layer: string): Checkp
     vmClockNs: Number(entry.vmClockNs),
     layer,
     consistency: record.consistency,
-    stateFiles: record.files.map(({ name: file, bytes }) => ({ name: file, bytes })),
+    stateFiles: record.files.map(({ name: file, bytes, allocatedBytes }) => ({ name: file, bytes, allocatedBytes })),
   };
 }
 

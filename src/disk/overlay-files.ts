@@ -87,7 +87,7 @@ const isFree = (path: string): boolean =>
 export function stateFilesOf(overlayPath: string): StateFileEntry[] {
   return STATE_NAMES.flatMap((name) => {
     const stat = statSync(stateFileOf(overlayPath, name), { throwIfNoEntry: false });
-    return stat?.isFile() ? [{ name, bytes: stat.size }] : [];
+    return stat?.isFile() ? [{ name, bytes: stat.size, allocatedBytes: Math.min(stat.size, stat.blocks * 512) }] : [];
   });
 }
 

@@ -117,7 +117,10 @@ export class PendingSnapshot implements PendingCheckpoint {
     this.#areas.set(MEMORY_FILE, archive);
     const { timeMs } = this.#frozen;
     const layout = layOutArchive(
-      files.map(({ name, area }) => ({ name, bytes: area.size() })),
+      files.map(({ name, area }) => {
+        const bytes = area.size();
+        return { name, bytes, allocatedBytes: Math.min(bytes, area.allocatedBytes(image)) };
+      }),
       encodeDetails(details, timeMs, detailsCapacity(clusterBytes)),
       timeMs,
       clusterBytes,

@@ -22,6 +22,8 @@ export interface ArchivedFile {
   readonly name: string;
   readonly offset: number;
   readonly bytes: number;
+  /** Without holes, about. */
+  readonly allocatedBytes: number;
 }
 
 /** Where the memory begins in the archive; a multiple of the cluster size. */
@@ -44,7 +46,7 @@ export interface ArchiveLayout {
  * @param details text of checkpoint.json, at most `detailsCapacity` bytes
  */
 export function layOutArchive(
-  files: readonly { readonly name: string; readonly bytes: number }[],
+  files: readonly Omit<ArchivedFile, 'offset'>[],
   details: string,
   modifiedMs: number,
   clusterBytes: number,
@@ -62,12 +64,12 @@ export function layOutArchive(
   const pieces = [{ offset: 0, bytes: front as Uint8Array }];
   const placed: ArchivedFile[] = [];
   let end = start;
-  for (const { name, bytes } of files) {
+  for (const { name, bytes, allocatedBytes } of files) {
     if (name !== MEMORY_FILE) {
       pieces.push({ offset: end, bytes: tarHeader(name, bytes, modifiedMs) });
       end += TAR_BLOCK_BYTES;
     }
-    placed.push({ name, offset: end, bytes });
+    placed.push({ name, offset: end, bytes, allocatedBytes });
     end += tarDataBytes(bytes);
   }
   // The end is blank by itself: what was never written reads as zeros.

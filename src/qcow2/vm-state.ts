@@ -26,7 +26,9 @@ const number = {
   FAILURE: 1,
   /** 1: nothing is written any more. */
   ENDED: 2,
-  COUNT: 3,
+  /** Clusters that hold data. */
+  CLUSTERS: 3,
+  COUNT: 4,
 } as const;
 
 const failures: readonly (Errno | undefined)[] = [undefined, 'EIO', 'ENOSPC', 'EFBIG'];
@@ -61,6 +63,11 @@ export class StateArea {
 
   size(): number {
     return this.numbers[number.SIZE] as number;
+  }
+
+  /** What it takes in the file, tables left out. */
+  allocatedBytes(image: Image): number {
+    return (this.numbers[number.CLUSTERS] as number) * image.geometry.clusterBytes;
   }
 
   /** Why a write failed: what the guest has saved is not whole then. */
@@ -272,7 +279,7 @@ function put(image: Image, area: StateArea, source: Uint8Array, at: number, leng
   let taken = 0;
   image.lock();
   try {
-    taken = place(image, area.table, guest, length);
+    taken = place(image, area, guest, length);
   } finally {
     image.unlock();
   }
@@ -284,7 +291,7 @@ function put(image: Image, area: StateArea, source: Uint8Array, at: number, leng
  * Bytes from `guest` on that have one place in the file, `image.extent.host`, made where there was none. With the mutex
  * held.
  */
-function place(image: Image, table: L1Table, guest: number, length: number): number {
+function place(image: Image, { table, numbers }: StateArea, guest: number, length: number): number {
   const { clusterBytes, l2SpanBytes } = image.geometry;
   const l1Index = Math.floor(guest / l2SpanBytes);
   const end = Math.min(guest + length, (l1Index + 1) * l2SpanBytes);
@@ -302,6 +309,7 @@ function place(image: Image, table: L1Table, guest: number, length: number): num
     next = first + got.count * clusterBytes;
     if (!touchFresh(image, got.first, got.count)) blankEnds(image, got, guest - first, Math.max(0, next - end));
     for (let at = first; at < next; at += clusterBytes) setHost(image, table, at, host + (at - first));
+    numbers[number.CLUSTERS] = (numbers[number.CLUSTERS] as number) + got.count;
   }
   image.extent.host = host + (guest - first);
   return Math.min(next, end) - guest;
@@ -342,6 +350,7 @@ function clear(image: Image, area: StateArea, guest: number, length: number): vo
         const piece = Math.min(end - at, clusterBytes) - head;
         if (piece === clusterBytes) {
           setHost(image, table, at, 0);
+          area.numbers[number.CLUSTERS] = (area.numbers[number.CLUSTERS] as number) - 1;
           unlink(image, host / clusterBytes, 1);
         } else {
           image.data.write(zerosFor(piece), 0, piece, host + head);
@@ -410,7 +419,7 @@ export function coverBacking(image: Image, area: StateArea, backedBytes: number)
       ensureTable(image, area.table, Math.floor(guest / image.geometry.l2SpanBytes));
       if (hostAt(image, area.table, guest) !== 0) continue;
       if (version < 3) {
-        place(image, area.table, guest, clusterBytes);
+        place(image, area, guest, clusterBytes);
         image.data.write(zerosFor(clusterBytes), 0, clusterBytes, image.extent.host);
         continue;
       }

@@ -133,7 +133,7 @@ export class CheckpointDirectory extends Directory {
       });
       entries.set('overlay.qcow2', overlay);
     }
-    for (const { name, bytes } of stateFiles) {
+    for (const { name, bytes, allocatedBytes: allocated } of stateFiles) {
       const file = new ImageFile({
         ...shared,
         ino: inodes.next(),
@@ -142,7 +142,7 @@ export class CheckpointDirectory extends Directory {
         base: 0,
         length: bytes,
         size: () => bytes,
-        allocatedBytes: () => bytes,
+        allocatedBytes: () => allocated,
       });
       entries.set(name, file);
     }

@@ -12,8 +12,8 @@ const guest = {
   argv: ['qemu', '-m', '1G'],
 } as const;
 const files = [
-  { name: 'state', offset: 65536, bytes: 2 ** 40 },
-  { name: 'state.meta', offset: 65536 + 2 ** 40 + 512, bytes: 7 },
+  { name: 'state', offset: 65536, bytes: 2 ** 40, allocatedBytes: 2 ** 30 },
+  { name: 'state.meta', offset: 65536 + 2 ** 40 + 512, bytes: 7, allocatedBytes: 7 },
 ];
 const vmStateBytes = 2 ** 41;
 

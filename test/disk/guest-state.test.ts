@@ -194,6 +194,7 @@ describe('a checkpoint with memory', () => {
       memory.fill(1, 20 * MIB, 20 * MIB + 100);
       const checkpoint = await takeWithMemory(disk, memory);
       expect(statSync(image).size - before).toBeLessThan(MIB);
+      expect(checkpoint.stateFiles[0]).toEqual({ name: 'state', bytes: 64 * MIB, allocatedBytes: 64 * KIB });
       expect(stateOf(disk, checkpoint, 'state').equals(memory)).toBe(true);
       using state = disk.openState(checkpoint, 'state');
       expect(state.contents.nextData(0)).toBe(20 * MIB);

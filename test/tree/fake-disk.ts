@@ -406,7 +406,7 @@ export class FakeDisk implements Disk {
         vmClockNs: 0,
         layer: `${this.name}.qcow2`,
         consistency: details.consistency,
-        stateFiles: Array.from(state, ([file, { bytes }]) => ({ name: file, bytes })),
+        stateFiles: Array.from(state, ([file, { bytes }]) => ({ name: file, bytes, allocatedBytes: bytes })),
       };
     });
     this.#changed('checkpoints');
