@@ -111,11 +111,14 @@ async function mergeOpened(
   } finally {
     if (base.qcow2 !== undefined) closeImage(base.qcow2.image);
   }
-  if (between.length > 0) switchBacking(top, base);
+  if (between.length > 0) {
+    switchBacking(top, base);
+    // At once: what they show is wrong now, and they would stand in the way of another merge.
+    for (const { path } of between) unlinkSync(path);
+    for (const folder of new Set(between.map(({ path }) => dirname(path)))) syncDirectory(folder);
+  }
   // A plain external data file holds the disk itself: nothing to be emptied.
   if (!top.image.geometry.rawData) await empty(top, (part) => progress(0.95 + part * 0.05));
-  for (const { path } of between) unlinkSync(path);
-  for (const folder of new Set(between.map(({ path }) => dirname(path)))) syncDirectory(folder);
   return { base: base.path, removed: between.map(({ path }) => path) };
 }
 

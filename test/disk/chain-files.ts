@@ -5,6 +5,7 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { afterAll, vi } from 'vitest';
 import { openBacking } from '../../src/disk/open-chain.ts';
+import { FsError } from '../../src/errors.ts';
 import { HostFile } from '../../src/storage/host-file.ts';
 import { Died } from '../storage/recorder.ts';
 
@@ -107,6 +108,24 @@ function buildChain(options: ChainOptions): string {
 }
 
 const CHANGES = ['write', 'flush', 'truncate', 'punch'] as const;
+
+/** Run `action` on a host whose disk is full from the write number `at` on. @returns what it threw */
+export async function fullFrom(at: number, action: () => Promise<unknown>): Promise<unknown> {
+  let writes = 0;
+  const real = HostFile.prototype.write;
+  const spy = vi.spyOn(HostFile.prototype, 'write').mockImplementation(function (this: HostFile, ...args) {
+    if (writes++ >= at) throw new FsError('ENOSPC', 'no space left on the host');
+    real.apply(this, args);
+  });
+  try {
+    await action();
+    return undefined;
+  } catch (error) {
+    return error;
+  } finally {
+    spy.mockRestore();
+  }
+}
 
 /** Run `action` without flushing anything. */
 export const unflushed = (action: () => Promise<unknown>): Promise<unknown> =>

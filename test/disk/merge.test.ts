@@ -3,6 +3,7 @@ import { existsSync, rmSync } from 'node:fs';
 import { join } from 'node:path';
 import { describe, expect, it } from 'vitest';
 import { mergeOverlay } from '../../src/disk/merge.ts';
+import { FsError } from '../../src/errors.ts';
 import {
   bytesByQemu,
   bytesOf,
@@ -10,6 +11,7 @@ import {
   chainOf,
   copyChain,
   dyingAt,
+  fullFrom,
   makeChain,
   newFolder,
   qemuImg,
@@ -125,6 +127,22 @@ it('broken off, the overlay shows what it did, and the same merge goes on', asyn
   await mergeOverlay(top, { into: base });
   expect((await bytesOf(top)).equals(before)).toBe(true);
   expect((await bytesOf(base)).equals(before)).toBe(true);
+});
+
+it('a full disk changes nothing that the overlay shows, and costs no cluster', async () => {
+  const origin = makeChain();
+  const before = await bytesOf(origin.top);
+  for (let at = 0; ; at += 7) {
+    const { top, base, folder } = copyChain(origin.folder, ['base.qcow2', 'mid.qcow2', 'top.qcow2']);
+    const error = await fullFrom(at, () => mergeOverlay(top, { into: base }));
+    expect((await bytesOf(top)).equals(before)).toBe(true);
+    if (error === undefined) break;
+    expect(error).toBeInstanceOf(FsError);
+    await mergeOverlay(top, { into: (await chainOf(top)).at(-1) });
+    expect((await bytesOf(base)).equals(before)).toBe(true);
+    for (const image of [top, base]) qemuImg('check', '-q', image);
+    rmSync(folder, { recursive: true });
+  }
 });
 
 it('a death at any file operation leaves the overlay as it was, and the merge goes on', {

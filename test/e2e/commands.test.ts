@@ -176,6 +176,20 @@ describe('export', () => {
     }),
   );
 
+  it('of a mounted disk, ended by Ctrl-C, leaves neither file nor checkpoint', () =>
+    withDirectory(async (directory) => {
+      const image = join(directory, 'vm.qcow2');
+      await runOk('qemu-img', ['create', '-q', '-f', 'qcow2', image, '256M']);
+      await qemuIo(image, 'write -P 1 0 192M');
+      await withMount(image, {}, async (tree) => {
+        const begun = (): boolean => listed(directory).length > 1 && listed(tree.path('vm', 'snapshots')).length > 0;
+        await interrupted(begun, 'export', tree.path('vm'), join(directory, 'copy.qcow2'), '--compress', 'zlib');
+        expect(listed(directory)).toEqual(['vm.qcow2']);
+        expect(listed(tree.path('vm', 'snapshots'))).toEqual([]);
+      });
+      await runOk('qemu-img', ['check', image]);
+    }));
+
   it(
     'of a disk mounted for reading takes no checkpoint',
     withChain(async ({ path }) => {
