@@ -44,6 +44,8 @@ export class Layer implements Disposable {
   /** By itself, through its own caches. */
   #own!: Backing;
   #shared!: SharedLayer;
+  /** Of a file that does not change. */
+  #hostBytes: number | undefined;
   /** What `backing` goes to, as of `changes`. */
   #reader: WeakRef<Backing> | undefined;
   #readerOf = -1;
@@ -95,6 +97,13 @@ export class Layer implements Disposable {
     return this.#own.size();
   }
 
+  /** Bytes that the host has allocated to the file. Those of a long chain are summed up whenever someone asks for a disk's. */
+  get hostBytes(): number {
+    if (this.#opened === undefined || !this.isFrozen) return this.file.allocatedBytes();
+    this.#hostBytes ??= this.file.allocatedBytes();
+    return this.#hostBytes;
+  }
+
   /** The layer and all below it, top first. */
   get chain(): readonly Layer[] {
     const layers: Layer[] = [];
@@ -132,6 +141,7 @@ export class Layer implements Disposable {
     const id = ++lastId;
     changes++;
     this.#opened = opened;
+    this.#hostBytes = undefined;
     if (opened === undefined) {
       this.#own = rawBacking(this.file);
       this.#shared = { id, file: this.file.share(), format: 'raw' };

@@ -154,7 +154,7 @@ export class OpenedDisk implements Disk {
     const layers = this.#tree.active.chain;
     const clusters = image.numbers[number.DATA_CLUSTERS] as number;
     if (clusters < 0) return this.#bound(this.virtualSize());
-    const below = layers.slice(1).reduce((sum, layer) => sum + layer.file.allocatedBytes(), 0);
+    const below = layers.slice(1).reduce((sum, layer) => sum + layer.hostBytes, 0);
     return Math.min(this.virtualSize(), clusters * image.geometry.clusterBytes + below);
   }
 
@@ -594,7 +594,7 @@ export class OpenedDisk implements Disk {
 
   #bound(size: number): number {
     return bound(
-      this.#tree.active.chain.reduce((sum, layer) => sum + layer.file.allocatedBytes(), 0),
+      this.#tree.active.chain.reduce((sum, layer) => sum + layer.hostBytes, 0),
       size,
     );
   }

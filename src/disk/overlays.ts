@@ -84,7 +84,7 @@ export class Overlays {
   /** Host bytes of the layers that a point shows. */
   allocatedBytes(checkpoint: Checkpoint): number {
     const layers = this.#point(checkpoint).overlay.below?.chain ?? [];
-    return layers.reduce((sum, { file }) => sum + file.allocatedBytes(), 0);
+    return layers.reduce((sum, { hostBytes }) => sum + hostBytes, 0);
   }
 
   open(checkpoint: Checkpoint): OpenContents {

@@ -14,7 +14,7 @@ import { CELL_BYTES, CELLS, makeShared, phase, putCells, random, stamp, stampOf,
 
 const THREADS = 3;
 /** What one variant may take. */
-const RUN_MS = 1000;
+const RUN_MS = 700;
 const SIZE = CELLS * CELL_BYTES;
 
 /** The workers use what was built; so does this thread, since they share memory. */
@@ -35,6 +35,7 @@ const { trackWrites, writtenBytes } =
   await built<typeof import('../../../src/qcow2/written-map.ts')>('qcow2/written-map.js');
 const { imageTarget } = await built<typeof import('../../../src/qcow2/commit-target.ts')>('qcow2/commit-target.js');
 const commit = await built<typeof import('../../../src/qcow2/commit-down.ts')>('qcow2/commit-down.js');
+const { shareRun } = await built<typeof import('../../../src/disk/frozen-run.ts')>('disk/frozen-run.js');
 const pull = await built<typeof import('../../../src/qcow2/pull-up.ts')>('qcow2/pull-up.js');
 const { HostFile } = await built<typeof import('../../../src/storage/host-file.ts')>('storage/host-file.js');
 
@@ -74,8 +75,12 @@ class Chain implements Disposable {
     return depth + 1 < this.layers.length ? imageBacking(this.at(depth + 1).image) : undefined;
   }
 
-  view(): unknown {
-    return { id: -++chains, kind: 'live', chain: this.layers.map(({ shared }) => shared).reverse() };
+  /** @param merged everything below the top, which nobody may write then, as one */
+  view(merged = false): unknown {
+    const chain = this.layers.map(({ shared }) => shared).reverse();
+    const [top, next, ...others] = chain as [SharedLayer, SharedLayer, ...SharedLayer[]];
+    const shared = merged ? [top, { ...next, run: shareRun([next, ...others], 0) }, ...others] : chain;
+    return { id: -++chains, kind: 'live', chain: shared };
   }
 
   content(): Uint8Array {
@@ -152,7 +157,7 @@ async function slowly<T>(steps: Steps<T>): Promise<T> {
 }
 
 /** Run the threads on the chain for as long as `body` takes. */
-async function withThreads(chain: Chain, seed: number, body: () => Promise<void>): Promise<void> {
+async function withThreads(chain: Chain, seed: number, body: () => Promise<void>, merged = false): Promise<void> {
   const shared = makeShared(THREADS);
   const words = new Int32Array(chain.content().buffer);
   for (let cell = 0; cell < CELLS; cell++) {
@@ -160,7 +165,7 @@ async function withThreads(chain: Chain, seed: number, body: () => Promise<void>
     if (found === undefined) throw new Error(`cell ${cell} is torn before anything began`);
     shared.base[cell] = found;
   }
-  const disk = chain.view();
+  const disk = chain.view(merged);
   const workers: Worker[] = [];
   try {
     const ended = Array.from({ length: THREADS }, (_, thread) => {
@@ -323,5 +328,16 @@ describe('threads that write, discard, flush and read', () => {
         return [...paths.slice(0, -2), paths.at(-1) as string];
       },
     );
+  });
+
+  it.each(variants)('see the layers below as they are, merged into one: $name', async (variant) => {
+    await repeatedly(variant, async (chain, paths, seed) => {
+      const end = Date.now() + RUN_MS / 2;
+      const working = async (): Promise<void> => {
+        while (Date.now() < end) await giveWay();
+      };
+      await withThreads(chain, seed, working, true);
+      return paths;
+    });
   });
 });
