@@ -102,15 +102,6 @@ export class Machine {
     if (alive) throw new FsError('EBUSY', `${what} is not possible while guest ${name} runs: end it first.`);
   }
 
-  /** @throws FsError ENOTCONN where nobody holds the image any more, ENOTSUP where nobody knows who does */
-  async refuseIfOff(what: string): Promise<void> {
-    const { alive, name, kind } = await this.status();
-    if (kind === 'none') throw new FsError('ENOTSUP', `${what} is for the guest to do, and nobody said which it is.`);
-    if (!alive) {
-      throw new FsError('ENOTCONN', `${what} is for guest ${name} to do, which does not run: mount the image anew.`);
-    }
-  }
-
   #forget(shared: { readonly guest: Promise<Guest | undefined> }): void {
     if (this.#shared === shared) this.#shared = undefined;
   }

@@ -138,7 +138,7 @@ export class MountedDisk {
   /** @throws FsError EBUSY while a file of it is open, EROFS, and the disk's own */
   async delete(checkpoint: Checkpoint, options: DeleteOptions = {}): Promise<void> {
     this.#refuseIfFixed();
-    await this.openFiles.whileUnopened(checkpoint, () => this.#deleteUnopened(checkpoint, options));
+    await this.openFiles.whileUnopened(checkpoint, () => this.disk.deleteCheckpoint(checkpoint, options));
   }
 
   /**
@@ -194,11 +194,6 @@ export class MountedDisk {
       );
     }
     return this.openFiles.exclusively(`shrinking ${this.disk.name}`, () => this.disk.resize(bytes, options));
-  }
-
-  async #deleteUnopened(checkpoint: Checkpoint, options: DeleteOptions): Promise<void> {
-    if (this.disk.owner === 'attached') await this.machine.refuseIfOff(`Deleting ${quote(checkpoint.name)}`);
-    await this.disk.deleteCheckpoint(checkpoint, options);
   }
 
   #refuseIfReadOnly(): void {

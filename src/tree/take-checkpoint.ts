@@ -57,7 +57,10 @@ async function takeOf(machine: Machine, guest: Guest | undefined, request: TakeR
   return takeOfDisks(machine, request, 'crash');
 }
 
-/** The guest holds the images, takes the checkpoint itself, and keeps of its memory what it is made to keep. */
+/**
+ * The guest holds the images, takes the checkpoint itself, and keeps of its memory what it is made to keep. Whether it can
+ * be asked shows when it is.
+ */
 async function takeAttached(machine: Machine, guest: Guest | undefined, request: TakeRequest): Promise<Checkpoint> {
   const { disk: asked, kind, name, suspend } = request;
   const served = machine.disks.find(({ disk }) => disk.owner === 'served');
@@ -66,7 +69,6 @@ async function takeAttached(machine: Machine, guest: Guest | undefined, request:
   }
   if (suspend)
     throw new FsError('ENOTSUP', 'suspend is for guests whose disk is served: this one holds its image itself.');
-  await machine.refuseIfOff(`Checkpoint ${JSON.stringify(name)}`);
   // bhyve takes it of all its disks at once. QEMU does of one after the other: it stands still meanwhile.
   if (guest?.kind !== 'qemu' || machine.disks.length === 1) return asked.disk.takeCheckpoint(name, { kind });
   const taken = new Map<MountedDisk, Checkpoint>();

@@ -330,17 +330,6 @@ describe('a guest that holds its images itself', () => {
     expect(await answer()).toContain('owner: attached\n');
   });
 
-  it('has to run for that', async () => {
-    await mkdir('a');
-    guest.alive = false;
-    expect(await errnoOf(mkdir('b'))).toBe('ENOTCONN');
-    const folder = await directoryAt(root, 'vm1/snapshots');
-    expect(await errnoOf(folder.removeDirectory('a', caller))).toBe('ENOTCONN');
-    found = undefined;
-    expect(await errnoOf(mkdir('b'))).toBe('ENOTSUP');
-    expect(await taken()).toEqual(['a']);
-  });
-
   it('stands still while it takes those of several disks, if it takes them one by one', async () => {
     hold('vm1', 'data');
     const log: string[] = [];

@@ -48,17 +48,30 @@ export function openBhyveGuest(options: BhyveOptions): Guest {
   return new BhyveGuest(options);
 }
 
-/** Whether a VM of that name is there: its process, its control socket or its device. */
+/**
+ * Whether a VM of that name is there: its control socket or its device, without which no process is looked for. A dead
+ * guest's socket does not count. Cheap where there is no bhyve: asked before each checkpoint of a disk without a guest.
+ */
 export async function bhyveGuestExists(options: BhyveOptions): Promise<boolean> {
   const { name } = options;
   if (!isGuestName(name)) return false;
-  const guest = new BhyveGuest(options);
-  if ((await guest.status()).alive) return true;
-  return stat(join('/dev/vmm', name)).then(
+  const directory = runDirectoryOf(options);
+  const device = join('/dev/vmm', name);
+  const [hasDevice, ...hasSocket] = await Promise.all(
+    [device, join(directory, name), join(directory, 'checkpoint', name)].map(isThere),
+  );
+  if (hasDevice === true) return true;
+  return hasSocket.includes(true) && (await new BhyveGuest(options).status()).alive;
+}
+
+const isThere = (path: string): Promise<boolean> =>
+  stat(path).then(
     () => true,
     () => false,
   );
-}
+
+const runDirectoryOf = ({ runDirectory }: BhyveOptions): string =>
+  runDirectory ?? process.env[RUN_DIRECTORY_VARIABLE] ?? DEFAULT_RUN_DIRECTORY;
 
 class BhyveGuest implements Guest {
   readonly kind = 'bhyve';
@@ -70,9 +83,10 @@ class BhyveGuest implements Guest {
   readonly #host: BhyveHost;
   #saving = false;
 
-  constructor({ name, runDirectory, configFile, attached = false, host = new BhyveHost() }: BhyveOptions) {
+  constructor(options: BhyveOptions) {
+    const { name, configFile, attached = false, host = new BhyveHost() } = options;
     this.name = name;
-    this.#runDirectory = runDirectory ?? process.env[RUN_DIRECTORY_VARIABLE] ?? DEFAULT_RUN_DIRECTORY;
+    this.#runDirectory = runDirectoryOf(options);
     this.#configFile = configFile;
     this.#host = host;
     const usual = this.#runDirectory === DEFAULT_RUN_DIRECTORY;
