@@ -7,6 +7,7 @@ import { basename, dirname } from 'node:path';
 import { FsError } from '../errors.ts';
 import { type DiscoveredDisk, discoverDisk, FolderScan, type FoundImage } from './folder-scan.ts';
 import type { Layer } from './layer.ts';
+import { mendOverlays } from './mend-overlays.ts';
 import { openChain } from './open-chain.ts';
 import { forgetElsewhere, rememberElsewhere } from './overlay.ts';
 
@@ -25,6 +26,9 @@ export interface TreeOptions {
    */
   readonly unlocked?: boolean;
 }
+
+/** A folder of images that all need it is mended in one go. */
+const MOST_MENDINGS = 1000;
 
 export class LayerTree implements Disposable {
   /** The image that the disk is named after. */
@@ -53,7 +57,7 @@ export class LayerTree implements Disposable {
   /** Open everything that belongs to the disk of an image, and lock it. @throws FsError with nothing left open */
   static async open(path: string, options: TreeOptions): Promise<LayerTree> {
     const { unlocked = false } = options;
-    const found = unlocked ? alone(path) : await discoverDisk(new FolderScan(options.avoid), path, foldersOf(options));
+    const found = unlocked ? alone(path) : await findDisk(path, options);
     // A disk of one image keeps the path that it was given by.
     const single = found.overlays.length === 0;
     const hindrance = options.readOnly ? undefined : hindranceOf(found);
@@ -193,6 +197,16 @@ const alone = (path: string): DiscoveredDisk => ({
   ambiguous: [],
   moved: [],
 });
+
+/** The disk as the files tell of it, after what a process that died has left was mended. */
+async function findDisk(path: string, options: TreeOptions): Promise<DiscoveredDisk> {
+  const folders = foldersOf(options);
+  let scan = new FolderScan(options.avoid);
+  for (let left = MOST_MENDINGS; left > 0 && (await mendOverlays(scan, path, folders, options)); left--) {
+    scan = new FolderScan(options.avoid);
+  }
+  return discoverDisk(scan, path, folders);
+}
 
 const foldersOf = ({ overlayFolder, backingRoots = [] }: TreeOptions): readonly string[] =>
   overlayFolder === undefined ? backingRoots : [overlayFolder, ...backingRoots];

@@ -11,6 +11,7 @@ import { FsError } from '../errors.ts';
 import { commitAll, commitWritten, finishCommit, prepareCommit } from '../qcow2/commit-down.ts';
 import { imageTarget } from '../qcow2/commit-target.ts';
 import { flush } from '../qcow2/flush.ts';
+import { readHeader } from '../qcow2/header.ts';
 import type { Image } from '../qcow2/image.ts';
 import { commitCost, type MoveCost, pullCost } from '../qcow2/move-cost.ts';
 import { closeImage } from '../qcow2/open-image.ts';
@@ -22,8 +23,8 @@ import { lockImage } from '../storage/image-lock.ts';
 import { type Layer, loadFrozen } from './layer.ts';
 import type { LayerTree } from './layer-tree.ts';
 import { forgetElsewhere, reopenForWriting, standOn, switchLayer } from './overlay.ts';
-import { addName, removeOverlayFiles, replaceName, unlinkDurably } from './overlay-files.ts';
-import { writeMark } from './overlay-mark.ts';
+import { addName, removeOverlayFiles, replaceName, secondName, unlinkDurably } from './overlay-files.ts';
+import { overlaysElsewhere, rememberOverlays, writeMark } from './overlay-mark.ts';
 
 /** What the disk does for a change of its layers. */
 export interface LayersHost {
@@ -98,7 +99,7 @@ async function cheaperDirection(upper: Layer, lower: Layer, { signal }: StepOpti
  */
 function mayReplace(upper: Layer, lower: Layer): boolean {
   const { qcow2 } = lower;
-  if (qcow2 === undefined || qcow2.snapshots.entries.length > 0) return false;
+  if (qcow2 === undefined || lower.file.readOnly || qcow2.snapshots.entries.length > 0) return false;
   const { header } = qcow2;
   if (header.version < 3 || header.externalDataFile || header.bitmaps !== undefined) return false;
   if (dirname(upper.path) !== dirname(lower.path)) return false;
@@ -205,10 +206,10 @@ async function pullLayer(host: LayersHost, upper: Layer, lower: Layer, options: 
   const { tree } = host;
   const { path } = lower;
   const oldPath = upper.path;
-  // Whether it will have a name is known before anything moves.
-  const second = `${path}.merged`;
-  addName(oldPath, second);
-  unlinkDurably(second);
+  const second = secondName(path);
+  // Should we die between the two names, the file below says who is to take its own.
+  const known = overlaysElsewhere(readHeader(lower.file));
+  if (!known.includes(oldPath)) rememberOverlays(lower.file, [...known, oldPath]);
   const frozen = tree.active !== upper;
   upper.mark = upper.mark && {
     ...upper.mark,
@@ -217,6 +218,9 @@ async function pullLayer(host: LayersHost, upper: Layer, lower: Layer, options: 
     becomesBottom: lower === tree.bottom,
   };
   beginMerge(upper, basename(path));
+  // Whether it can have a second name is known before anything moves.
+  addName(oldPath, second);
+  unlinkDurably(second);
   if (frozen) {
     reopenForWriting(upper, tree.options.cacheBytes);
     for (const layer of tree.above(upper)) layer.follow(upper);

@@ -125,6 +125,43 @@ export function unlinkDurably(path: string): void {
   syncFolder(dirname(path));
 }
 
+/** What a file is called for a moment, before it takes the name of another. */
+export const secondName = (path: string): string => `${path}.merged`;
+
+const TEMPORARY = /^\.vdskfs-(\d+)-\d+\.new$/;
+let lastTemporary = 0;
+
+/** Where an overlay is made, before it gets its name. */
+export const temporaryPath = (folder: string): string => join(folder, `.vdskfs-${process.pid}-${++lastTemporary}.new`);
+
+/** A file that a process was making when it died. In this process making one is over before anything else runs. */
+export function isAbandoned(fileName: string): boolean {
+  const pid = Number(TEMPORARY.exec(fileName)?.[1] ?? 0);
+  if (pid === 0 || pid === process.pid) return pid !== 0;
+  try {
+    process.kill(pid, 0);
+    return false;
+  } catch (error) {
+    return (error as NodeJS.ErrnoException).code === 'ESRCH';
+  }
+}
+
+/** Give a new file its name, which nothing has. Durable. @throws FsError EEXIST */
+export function placeNew(temporary: string, path: string): void {
+  try {
+    addName(temporary, path);
+  } catch (error) {
+    if (!(error instanceof FsError && error.errno === 'ENOTSUP')) throw error;
+    // Without hard links: between the look and the renaming nothing of ours can come.
+    if (lstatSync(path, { throwIfNoEntry: false }) !== undefined) {
+      throw new FsError('EEXIST', `'${path}' exists already`);
+    }
+    replaceName(temporary, path);
+    return;
+  }
+  unlinkDurably(temporary);
+}
+
 /** Give a file a second name, durably. @throws FsError EEXIST; ENOTSUP where the host's file system has no hard links */
 export function addName(path: string, newPath: string): void {
   try {

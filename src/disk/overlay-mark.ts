@@ -42,6 +42,8 @@ const record = bigEndian('overlay mark', 24, {
 
 const VERSION = 1;
 const flagBits = { pending: 1, kept: 2, merging: 4, bottom: 8, becomesBottom: 16 } as const;
+/** The text of the name means something. */
+const TAKES_NAME = 32;
 const CONSISTENCIES: readonly Consistency[] = ['crash', 'frozen', 'memory'];
 
 /** Two texts follow the record, each in UTF-8 and padded with zeros: the name to take, and the guest as JSON. */
@@ -58,7 +60,7 @@ export function encodeMark(mark: OverlayMark): HeaderExtension {
   const data = new Uint8Array(MARK_BYTES);
   const flags = Object.entries(flagBits).reduce(
     (sum, [name, bit]) => sum | (mark[name as keyof typeof flagBits] ? bit : 0),
-    0,
+    mark.takesName === '' ? 0 : TAKES_NAME,
   );
   record.encode(
     {
@@ -95,7 +97,7 @@ export function markOf(header: Header): OverlayMark | undefined {
     becomesBottom: is(flagBits.becomesBottom),
     createdMs: Number(createdMs),
     details: { consistency: CONSISTENCIES[consistency] ?? 'crash', ...(guest === undefined ? {} : { guest }) },
-    takesName: text(data.subarray(record.bytes, record.bytes + NAME_BYTES)),
+    takesName: is(TAKES_NAME) ? text(data.subarray(record.bytes, record.bytes + NAME_BYTES)) : '',
   };
 }
 
@@ -114,6 +116,8 @@ export function writeMark(storage: Storage, mark: OverlayMark): void {
   const old = header.extensions.find(({ type }) => type === extensionType.OVERLAY)?.data;
   const { data } = encodeMark(mark);
   if (old?.length !== data.length) throw new Error(`${storage.path} is no overlay of this program`);
+  // A name that is taken, or that nobody wants any more, stays where it is: the flags alone say whether it counts.
+  if (mark.takesName === '') data.set(old.subarray(record.bytes, record.bytes + NAME_BYTES), record.bytes);
   const at = positionOf(header);
   // The texts first: they mean nothing before the flags say so.
   if (!Buffer.from(old.subarray(record.bytes)).equals(data.subarray(record.bytes))) {

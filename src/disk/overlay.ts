@@ -14,7 +14,7 @@ import { isMarked, unmark } from '../qcow2/session-mark.ts';
 import { HostFile } from '../storage/host-file.ts';
 import { lockImage } from '../storage/image-lock.ts';
 import { Layer, type LayerImage, loadFrozen, loadImage } from './layer.ts';
-import { removeOverlayFiles } from './overlay-files.ts';
+import { placeNew, removeOverlayFiles, temporaryPath, unlinkDurably } from './overlay-files.ts';
 import { encodeMark, type OverlayMark, overlaysElsewhere, rememberOverlays } from './overlay-mark.ts';
 
 /** Smaller ones have no room in the first cluster for the marks and two names of backing files. */
@@ -40,13 +40,20 @@ export function createOverlay(
   options: { readonly mark: OverlayMark; readonly size: number; readonly cacheBytes: number },
 ): Layer {
   const clusterBytes = below.qcow2?.header.clusterBytes ?? DEFAULT_CLUSTER_BYTES;
-  createImage(path, {
+  const temporary = temporaryPath(dirname(path));
+  createImage(temporary, {
     size: options.size,
     // As below: then a merge moves whole clusters, in either direction.
     clusterBytes: Math.max(clusterBytes, LEAST_CLUSTER_BYTES),
     backing: { file: recordedName(path, below.path), format: below.format },
     extensions: [encodeMark(options.mark)],
   });
+  try {
+    placeNew(temporary, path);
+  } catch (error) {
+    unlinkDurably(temporary);
+    throw error;
+  }
   let file: HostFile | undefined;
   try {
     file = HostFile.open(path, { readOnly: false });
