@@ -66,8 +66,33 @@ export class LiveContents implements Contents {
   }
 }
 
+const neverChanges = (): FsError =>
+  new FsError('EROFS', 'a checkpoint never changes; write to disk.raw, or roll back to the checkpoint first');
+
+/** Bytes of a checkpoint. */
+abstract class FrozenContents implements Contents {
+  abstract size(): number;
+  abstract read(target: Uint8Array, at: number, length: number, offset: number): void;
+  abstract nextData(offset: number): number;
+  abstract nextHole(offset: number): number;
+
+  write(): boolean {
+    throw neverChanges();
+  }
+
+  discard(): boolean {
+    throw neverChanges();
+  }
+
+  writeZeroes(): boolean {
+    throw neverChanges();
+  }
+
+  flush(): void {}
+}
+
 /** What a snapshot shows: its disk, or its VM state, which lies behind the disk in the same mapping. */
-export class SnapshotContents implements Contents {
+export class SnapshotContents extends FrozenContents {
   #image: Image;
   readonly #table: L1Table;
   /** Guest offset of the first byte. */
@@ -75,6 +100,7 @@ export class SnapshotContents implements Contents {
   readonly #size: number;
 
   constructor(image: Image, table: L1Table, base: number, size: number) {
+    super();
     this.#image = image;
     this.#table = table;
     this.#base = base;
@@ -86,45 +112,29 @@ export class SnapshotContents implements Contents {
     this.#image = image;
   }
 
-  size(): number {
+  override size(): number {
     return this.#size;
   }
 
-  read(target: Uint8Array, at: number, length: number, offset: number): void {
+  override read(target: Uint8Array, at: number, length: number, offset: number): void {
     readRange(this.#image, this.#table, target, at, length, this.#base + offset);
   }
 
-  write(): boolean {
-    throw neverChanges();
-  }
-
-  discard(): boolean {
-    throw neverChanges();
-  }
-
-  writeZeroes(): boolean {
-    throw neverChanges();
-  }
-
-  flush(): void {}
-
-  nextData(offset: number): number {
+  override nextData(offset: number): number {
     return search(this.#image, this.#table, this.#base, this.#size, offset, true);
   }
 
-  nextHole(offset: number): number {
+  override nextHole(offset: number): number {
     return search(this.#image, this.#table, this.#base, this.#size, offset, false);
   }
 }
 
-const neverChanges = (): FsError =>
-  new FsError('EROFS', 'a checkpoint never changes; write to disk.raw, or roll back to the checkpoint first');
-
 /** What an external checkpoint shows: a layer that is frozen, with all below it. */
-export class LayerContents implements Contents {
+export class LayerContents extends FrozenContents {
   #layer: Backing;
 
   constructor(layer: Backing) {
+    super();
     this.#layer = layer;
   }
 
@@ -133,73 +143,46 @@ export class LayerContents implements Contents {
     this.#layer = layer;
   }
 
-  size(): number {
+  override size(): number {
     return this.#layer.size();
   }
 
-  read(target: Uint8Array, at: number, length: number, offset: number): void {
+  override read(target: Uint8Array, at: number, length: number, offset: number): void {
     this.#layer.read(target, at, length, offset);
   }
 
-  write(): boolean {
-    throw neverChanges();
-  }
-
-  discard(): boolean {
-    throw neverChanges();
-  }
-
-  writeZeroes(): boolean {
-    throw neverChanges();
-  }
-
-  flush(): void {}
-
-  nextData(offset: number): number {
+  override nextData(offset: number): number {
     return searchLayer(this.#layer, offset, true);
   }
 
-  nextHole(offset: number): number {
+  override nextHole(offset: number): number {
     return searchLayer(this.#layer, offset, false);
   }
 }
 
 /** The bytes of a host file as they are: of an overlay, or of a guest's state. */
-export class FileContents implements Contents {
+export class FileContents extends FrozenContents {
   readonly #file: HostFile;
 
   constructor(file: HostFile) {
+    super();
     this.#file = file;
   }
 
-  size(): number {
+  override size(): number {
     return this.#file.size();
   }
 
-  read(target: Uint8Array, at: number, length: number, offset: number): void {
+  override read(target: Uint8Array, at: number, length: number, offset: number): void {
     const got = this.#file.read(target, at, length, offset);
     if (got < length) target.fill(0, at + got, at + length);
   }
 
-  write(): boolean {
-    throw neverChanges();
-  }
-
-  discard(): boolean {
-    throw neverChanges();
-  }
-
-  writeZeroes(): boolean {
-    throw neverChanges();
-  }
-
-  flush(): void {}
-
-  nextData(offset: number): number {
+  override nextData(offset: number): number {
     return this.#file.nextData(offset);
   }
 
-  nextHole(offset: number): number {
+  override nextHole(offset: number): number {
     return this.#file.nextHole(offset);
   }
 }
