@@ -1,9 +1,10 @@
 /** Checkpoints of real QEMU guests, with memory: taken, rolled back to, restored; and all that goes wrong on the way. */
-import { readFileSync, writeFileSync } from 'node:fs';
+import { existsSync, readFileSync, writeFileSync } from 'node:fs';
 import { mkdir, readdir, readFile, rmdir } from 'node:fs/promises';
 import { connect } from 'node:net';
 import { join } from 'node:path';
 import { describe, expect, it } from 'vitest';
+import { QemuGuest } from '../../src/guest/qemu/qemu-guest.ts';
 import { QEMU, qmpArgument, qmpSocket, startQemu } from '../guest/qemu/real-qemu.ts';
 import { driver, launcher, type MountedTree, withMount } from './mount.ts';
 import { runOk, withDirectory } from './run.ts';
@@ -178,7 +179,9 @@ function atStop(
       events.on('data', (chunk: Buffer) => {
         text += chunk.toString();
         if (text.includes('"return"')) resolve();
-        if (text.includes('"STOP"')) act();
+        if (!text.includes('"STOP"')) return;
+        events.removeAllListeners('data').resume(); // once
+        act();
       });
       events.on('error', () => {}); // QEMU ends
     });
@@ -239,5 +242,69 @@ describe('when the saving of a guest goes wrong', () => {
       await rmdir(tree.path(DISK, 'snapshots', 'disk'));
       for (const command of ['reset', 'nmi']) expect(control(command)).not.toBe('');
       expect(status().state).toBe('running');
+    }));
+});
+
+describe('a guest whose QEMU has the image open itself', () => {
+  it('takes and deletes the checkpoints, and the tree shows them', () =>
+    withDirectory(async (directory) => {
+      const image = join(directory, `${DISK}.qcow2`);
+      await runOk('qemu-img', ['create', '-q', '-f', 'qcow2', image, '64M']);
+      await using qemu = await startQemu(directory, QEMU, [
+        ...['-name', DISK, '-accel', 'tcg', '-machine', 'pc', '-m', '32', '-nodefaults', '-no-user-config'],
+        ...[
+          '-display',
+          'none',
+          '-qmp',
+          qmpArgument(directory),
+          '-drive',
+          `file=${image},format=qcow2,if=none,id=drive`,
+        ],
+        ...['-device', 'virtio-blk-pci,drive=drive'],
+      ]);
+      const guest = new QemuGuest({ socketPath: qemu.socketPath });
+      const write = (byte: number) => {
+        const command = { 'command-line': `qemu-io drive "write -P ${byte} 0 32M"` };
+        return guest.forward(JSON.stringify({ execute: 'human-monitor-command', arguments: command }));
+      };
+      const args = ['--guest', `${DISK}=qmp:${qemu.socketPath}`, '--attached', DISK];
+      await withMount(image, { args }, async (tree) => {
+        const path = (...names: string[]) => tree.path(DISK, ...names);
+        const byteOf = (...names: string[]) => readFileSync(path(...names, 'disk.raw'))[2 ** 20];
+        const info = () => JSON.parse(readFileSync(path('info.json'), 'utf8'));
+        writeFileSync(path('control'), 'status');
+        expect(readFileSync(path('control'), 'utf8')).toMatch(/owner: attached.*alive: yes.*state: running/s);
+        expect(info()).toMatchObject({ owner: 'attached', guest: { kind: 'qemu', name: DISK } });
+        expect(() => writeFileSync(path('disk.raw'), 'no', { flag: 'r+' })).toThrow(/EACCES|EROFS/);
+
+        await write(1);
+        await mkdir(path('snapshots', 'inside'));
+        await write(2);
+        await mkdir(path('overlays', 'low'));
+        await write(3);
+        writeFileSync(path('control'), 'ext-checkpoint high');
+        await write(4);
+        await mkdir(path('snapshots', 'top'));
+        expect(byteOf('snapshots', 'inside')).toBe(1);
+        expect([byteOf('overlays', 'low'), byteOf('overlays', 'high')]).toEqual([2, 3]);
+        expect((await readdir(path('overlays'))).toSorted()).toEqual(['high', 'low']);
+        expect((await readdir(path('snapshots'))).toSorted()).toEqual(['inside', 'top']);
+
+        // A file that holds snapshots does not vanish.
+        expect(await codeOf(rmdir(path('overlays', 'high')))).toBe('EBUSY');
+        expect(readFileSync(path('control'), 'utf8')).toContain('"top"');
+        await rmdir(path('snapshots', 'top'));
+        await rmdir(path('overlays', 'high'));
+        expect(existsSync(join(directory, 'high.qcow2'))).toBe(false);
+        expect([byteOf('snapshots', 'inside'), byteOf('overlays', 'low')]).toEqual([1, 2]);
+        writeFileSync(path('control'), 'del-ext-checkpoint low');
+        await rmdir(path('snapshots', 'inside'));
+        expect([await readdir(path('overlays')), await readdir(path('snapshots'))]).toEqual([[], []]);
+        await write(5);
+        await guest.poweroff();
+        expect(await codeOf(mkdir(path('snapshots', 'late')))).not.toBe('none');
+      });
+      expect(await runOk('qemu-img', ['check', image])).toContain('No errors were found');
+      expect(await runOk('qemu-io', ['-r', '-c', 'read -P 5 1M 1M', image])).not.toContain('failed');
     }));
 });

@@ -3,9 +3,12 @@
  * hostile: a line may be too long or no JSON at all, and either ends the connection.
  */
 import { Socket } from 'node:net';
+import debug from 'debug';
 import { FsError } from '../../errors.ts';
 import { fsErrorFrom } from '../../os/errno.ts';
 import { systemCalls } from '../../os/system-calls.ts';
+
+const log = debug('vdskfs:qmp');
 
 /** The longest answer that is kept in memory: QEMU's lists of block nodes have some KiB per node. */
 const LINE_BYTES = 16 * 1024 * 1024;
@@ -47,12 +50,14 @@ export class JsonSocket implements Disposable {
 
   /** @param prefix bytes before the line */
   send(value: unknown, prefix: readonly number[] = []): void {
+    log('%s is told %j', this.#options.path, value);
     if (!this.#ended) this.#socket.write(Buffer.concat([Uint8Array.from(prefix), encode(value)]));
   }
 
   /** Send a line and an open descriptor with it, which stays the caller's to close. @throws FsError */
   sendWithDescriptor(value: unknown, descriptor: number): void {
     if (this.#ended) return;
+    log('%s is told %j, with a descriptor', this.#options.path, value);
     const line = encode(value);
     // Around Node's stream: nothing of it may still wait to be sent.
     const sent = this.#socket.writableLength === 0 ? systemCalls().send(this.#fd, line, [descriptor]) : 0;
@@ -96,12 +101,14 @@ export class JsonSocket implements Disposable {
       this.#end(new FsError('EIO', `${this.#who()} sent what is no JSON: ${JSON.stringify(text.slice(0, 80))}.`));
       return;
     }
+    log('%s says %j', this.#options.path, value);
     this.#options.message(value);
   }
 
   #end(reason: FsError): void {
     if (this.#ended) return;
     this.#ended = true;
+    log('%s', reason.message);
     this.#socket.destroy();
     this.#options.end(reason);
   }
