@@ -12,8 +12,8 @@ import { HostFile } from '../storage/host-file.ts';
 import { lockImage } from '../storage/image-lock.ts';
 import { Layer, loadImage } from './layer.ts';
 
-/** QEMU and this program go no deeper: a longer chain is a loop, or unusable. */
-const MAX_DEPTH = 200;
+/** Backing files of one image. QEMU and this program go no deeper: a longer chain is a loop, or unusable. */
+export const MAX_DEPTH = 200;
 
 export interface OpenChainOptions {
   readonly readOnly: boolean;

@@ -7,6 +7,7 @@ import { lockImage } from '../storage/image-lock.ts';
 import type { Checkpoint, CheckpointDetails, OpenContents } from './disk.ts';
 import type { Layer } from './layer.ts';
 import { type LayersHost, mergeLayers } from './merge-layers.ts';
+import { MAX_DEPTH } from './open-chain.ts';
 import { createOverlay, forgetElsewhere, isEmpty, rememberElsewhere, standOn, switchLayer } from './overlay.ts';
 import {
   addName,
@@ -216,6 +217,13 @@ export class Overlays {
 
   #create(path: string, below: Layer, flags: { readonly pending?: boolean; readonly kept?: boolean } = {}): Layer {
     const { tree } = this.#host;
+    // One more could be made, but not opened again.
+    if (below.chain.length > MAX_DEPTH) {
+      throw new FsError(
+        'ENOSPC',
+        `${below.path} stands on ${MAX_DEPTH} files already, the most there can be; delete an overlay first, which merges two of them`,
+      );
+    }
     return createOverlay(path, below, {
       size: below.virtualSize,
       cacheBytes: tree.options.cacheBytes,

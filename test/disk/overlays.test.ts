@@ -129,6 +129,23 @@ describe('an external checkpoint', () => {
     expect(test.overlays).toEqual(['first', 'second']);
   });
 
+  it('makes no chain that could not be opened again', async () => {
+    await using test = new OverlayDisk();
+    let top = 'vm1.qcow2';
+    for (let depth = 1; depth < 200; depth++) {
+      const above = `layer${depth}.qcow2`;
+      createImage(test.at(above), { clusterBytes: 4096, backing: { file: top, format: 'qcow2' } });
+      top = above;
+    }
+    await test.open(test.at(top));
+    await test.take('last');
+    expect(await errnoOf(test.take('more'))).toBe('ENOSPC');
+    expect(test.files).not.toContain('more.qcow2');
+    await test.open(test.at(top));
+    expect(test.disk.readOnly).toBeUndefined();
+    expect(test.overlays).toEqual(['last']);
+  });
+
   it('leaves an image alone that others have built on', async () => {
     await using test = new OverlayDisk();
     createImage(test.at('other.qcow2'), { backing: { file: 'vm1.qcow2', format: 'qcow2' } });
