@@ -65,6 +65,11 @@ export class DataThreads implements DataThreadSource {
       published.told = shared;
       this.#tell({ kind: 'open', shared });
     }
+    await this.idle();
+  }
+
+  /** Resolves when every use of contents that now runs in a data thread has ended. */
+  async idle(): Promise<void> {
     await Promise.all(Array.from(this.#busy, (counter) => whenIdle(counter, () => this.#busy.has(counter))));
   }
 

@@ -91,9 +91,13 @@ export class StateFolder extends Directory implements Disposable {
     }
   }
 
-  /** Resolves when no freezing is under way: only then may what it made be given up or published. */
+  /**
+   * After `seal`: resolves when no freezing and no write is under way. Only then may what they made be given up, or its
+   * space would be written to after it has become someone else's.
+   */
   async quiet(): Promise<void> {
     await this.#frozen?.catch(() => {});
+    await this.#options.threads.idle();
   }
 
   /** No more files, no more writes: who still has a file open gets EIO. What was written can still be read here. */

@@ -10,7 +10,7 @@ import type { FrozenFileSystems, Guest } from '../guest/guest.ts';
 import { expectedStateBytes } from './expected-state.ts';
 import type { Machine } from './machine.ts';
 import type { MountedDisk } from './mounted-disk.ts';
-import { MEMORY_FILE, STATE_FILES, type StateFolder } from './state-folder.ts';
+import { MEMORY_FILE, STATE_FILES } from './state-folder.ts';
 
 const log = debug('vdskfs:tree');
 
@@ -136,11 +136,22 @@ async function takeWithMemory(machine: Machine, guest: Guest, request: TakeReque
   // A signal such as SIGCHLD interrupts too, and a guest that was asked to end will end.
   using _interrupt = suspend ? undefined : relay(request.signal, giveUp);
   const late = setTimeout(() => giveUp.abort(timedOut(machine, guest)), machine.timeoutMs);
+  let saving: Promise<void> | undefined;
   try {
     const identity = await orAbort(guest.identity(), giveUp.signal);
     expected = expectedStateBytes(disk.disk.checkpoints(), identity.argv);
     for (const one of machine.disks) await one.disk.prepareFreeze();
-    await saveInto(folder, machine, guest, request, giveUp.signal);
+    saving = guest.save({
+      directory: `${machine.mountpoint}/${disk.disk.name}/.incoming/${folder.name}`,
+      name: MEMORY_FILE,
+      suspend,
+      closed: folder.closed(STATE_FILES),
+      signal: giveUp.signal,
+    });
+    // Until all of it is there and nobody can change it any more.
+    await orAbort(saving, giveUp.signal);
+    await orAbort(within(folder.closed([MEMORY_FILE]), CLOSING_MS), giveUp.signal);
+    folder.seal();
     guest.validate(folder.readable());
     if (frozen === undefined) throw new FsError('EIO', `Guest ${guest.name} wrote no memory.`);
     giveUp.signal.throwIfAborted();
@@ -154,6 +165,9 @@ async function takeWithMemory(machine: Machine, guest: Guest, request: TakeReque
     folder.seal();
     await folder.quiet();
     if (frozen !== undefined) await abandonAll(frozen);
+    // Only now the guest hears of what was not written, and runs on; whoever asked it to write sees to that.
+    folder[Symbol.dispose]();
+    await within(saving?.catch(() => {}) ?? Promise.resolve(), LET_GO_MS);
     // What the guest says of it may be no more than that a write failed.
     throw folder.failure ?? error;
   } finally {
@@ -165,36 +179,6 @@ async function takeWithMemory(machine: Machine, guest: Guest, request: TakeReque
 /** As the command that does the same is called. */
 const operationName = ({ suspend, kind, name }: TakeRequest): string =>
   `${suspend ? 'suspend' : kind === 'internal' ? 'checkpoint' : 'ext-checkpoint'} ${name}`;
-
-/** Let the guest write its state, until all of it is there and nobody can change it any more. */
-async function saveInto(
-  folder: StateFolder,
-  machine: Machine,
-  guest: Guest,
-  { disk, suspend }: TakeRequest,
-  signal: AbortSignal,
-): Promise<void> {
-  const saving = guest.save({
-    directory: `${machine.mountpoint}/${disk.disk.name}/.incoming/${folder.name}`,
-    name: MEMORY_FILE,
-    suspend,
-    closed: folder.closed(STATE_FILES),
-    signal,
-  });
-  try {
-    await orAbort(saving, signal);
-    await orAbort(within(folder.closed([MEMORY_FILE]), CLOSING_MS), signal);
-  } catch (error) {
-    // Whoever has asked it to write lets it run on, and then the promise settles.
-    folder.seal();
-    await within(
-      saving.catch(() => {}),
-      LET_GO_MS,
-    );
-    throw error;
-  }
-  folder.seal();
-}
 
 /** One instant for all: no write of any of them falls between the first and the last. */
 async function freezeAll(
