@@ -17,8 +17,8 @@ export async function agentSocket(qmp: QmpClient): Promise<string | undefined> {
   for (const listed of asArray(await qmp.execute('query-chardev'), 'query-chardev')) {
     const { label, filename } = asObject(listed, 'a chardev');
     if (label !== chardev) continue;
-    // "disconnected:unix:/run/agent,server=on"
-    const path = /^(?:disconnected:)?unix:(.*?)(?:,server(?:=on)?)?$/.exec(asText(filename, 'filename'))?.[1];
+    // "disconnected:unix:/run/agent,server=on"; where QEMU is the client, somebody else listens.
+    const path = /^(?:disconnected:)?unix:(.*),server(?:=on)?$/.exec(asText(filename, 'filename'))?.[1];
     if (path === undefined || isAbsolute(path)) return path;
     const directory = await processDirectory(qmp.process);
     return directory === undefined ? undefined : join(directory, path);

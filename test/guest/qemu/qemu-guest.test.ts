@@ -225,25 +225,30 @@ describe('a QEMU guest', () => {
     expect(await guestOf(paused).freezeFileSystems()).toBeUndefined();
   });
 
-  it('has the agent at the socket of the port of that name', async () => {
+  it('has the agent at the socket of the port of that name, if QEMU listens there', async () => {
     await using agent = await fakeQemu(
       { 'guest-sync-delimited': ({ id }) => id, 'guest-fsfreeze-freeze': () => 1, 'guest-fsfreeze-thaw': () => 1 },
       { greet: () => {} },
     );
-    await using qemu = await machine({
-      'qom-list': ({ path }) =>
-        path === '/machine/peripheral-anon'
-          ? [
-              { name: 'device[0]', type: 'child<virtio-serial-pci>' },
-              { name: 'device[1]', type: 'child<virtserialport>' },
-            ]
-          : [],
-      'qom-get': ({ property }) => (property === 'name' ? 'org.qemu.guest_agent.0' : 'chr1'),
-      'query-chardev': () => [
-        { label: 'chr0', filename: 'unix:/tmp/wrong,server=on' },
-        { label: 'chr1', filename: `disconnected:unix:${agent.path},server=on` },
-      ],
-    });
+    const withPort = (ending: string) =>
+      machine({
+        'qom-list': ({ path }) =>
+          path === '/machine/peripheral-anon'
+            ? [
+                { name: 'device[0]', type: 'child<virtio-serial-pci>' },
+                { name: 'device[1]', type: 'child<virtserialport>' },
+              ]
+            : [],
+        'qom-get': ({ property }) => (property === 'name' ? 'org.qemu.guest_agent.0' : 'chr1'),
+        'query-chardev': () => [
+          { label: 'chr0', filename: 'unix:/tmp/wrong,server=on' },
+          { label: 'chr1', filename: `disconnected:unix:${agent.path}${ending}` },
+        ],
+      });
+    await using client = await withPort('');
+    expect(await guestOf(client).freezeFileSystems()).toBeUndefined();
+    expect(agent.commands).toEqual([]);
+    await using qemu = await withPort(',server=on');
     await (await guestOf(qemu).freezeFileSystems())?.thaw();
     expect(agent.commands.map(([name]) => name)).toContain('guest-fsfreeze-thaw');
   });
