@@ -203,6 +203,36 @@ describe('a checkpoint that goes wrong', () => {
     await expectNoTrace();
   });
 
+  it('lets the guest hear of a failed write only when its disk has the space back', async () => {
+    const [disk] = disks as [FakeDisk];
+    const order: string[] = [];
+    const freeze = disk.freeze.bind(disk);
+    disk.freeze = async (...args) => {
+      const pending = await freeze(...args);
+      return {
+        ...pending,
+        createState: (name) => {
+          const kept = pending.createState(name);
+          kept.contents.write = () => {
+            throw new FsError('ENOSPC', 'the host disk is full');
+          };
+          return kept;
+        },
+        abandon: async () => {
+          await pending.abandon();
+          order.push('abandoned');
+        },
+      };
+    };
+    const save = guest.save.bind(guest);
+    guest.save = async (target) => {
+      await save(target).finally(() => order.push('the guest runs on'));
+    };
+    expect(await errnoOf(mkdir('a'))).toBe('ENOSPC');
+    expect(order).toEqual(['abandoned', 'the guest runs on']);
+    await expectNoTrace();
+  });
+
   it('takes no more state once it is over', async () => {
     let late: OpenFile | undefined;
     guest.on.set('memory', async () => {
