@@ -238,8 +238,8 @@ export interface Disk {
   /** `freeze` and `publish` at once. EEXIST, EINVAL, ENOSPC, EROFS, ENOTSUP. Durable when it resolves. */
   takeCheckpoint(name: string, options?: TakeOptions): Promise<Checkpoint>;
   /**
-   * Ahead of a `freeze` that must be short, since a guest stands still meanwhile: does what can be done before. Nothing
-   * depends on it.
+   * Ahead of a `freeze` that must be short, since a guest stands still meanwhile: waits for operations under way, and does
+   * what can be done before. Nothing depends on it.
    */
   prepareFreeze(): Promise<void>;
   /**

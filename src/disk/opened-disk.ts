@@ -220,6 +220,10 @@ export class OpenedDisk implements Disk {
   }
 
   async prepareFreeze(): Promise<void> {
+    for (let queue: Promise<unknown> | undefined; queue !== this.#queue; ) {
+      queue = this.#queue;
+      await queue;
+    }
     if (this.readOnly === undefined) await prepareSnapshot(this.#image);
   }
 

@@ -13,6 +13,7 @@ import type {
   OpenContents,
   Operation,
 } from '../disk/disk.ts';
+import { validateOverlayName } from '../disk/overlay-files.ts';
 import { FsError } from '../errors.ts';
 import { type DataThreads, SharedOpening } from './data-threads.ts';
 import type { IncomingDirectory } from './incoming-directory.ts';
@@ -23,6 +24,9 @@ import { takeCheckpoint } from './take-checkpoint.ts';
 const log = debug('vdskfs:tree');
 
 const quote = (name: string): string => JSON.stringify(name);
+
+/** Of what is not broken off. */
+const UNINTERRUPTED = new AbortController().signal;
 
 /** What `control` answers to what was done to a checkpoint, by a command or by a call on its directory. */
 export const done = {
@@ -132,13 +136,16 @@ export class MountedDisk {
   /** @throws FsError EROFS, EEXIST where a new checkpoint cannot have this name */
   refuseNewName(kind: CheckpointKind, name: string): void {
     this.#refuseIfFixed();
+    if (kind === 'external') validateOverlayName(name);
     this.#refuseIfTaken(kind, name);
   }
 
   /** @throws FsError EBUSY while a file of it is open, EROFS, and the disk's own */
   async delete(checkpoint: Checkpoint, options: DeleteOptions = {}): Promise<void> {
     this.#refuseIfFixed();
-    await this.openFiles.whileUnopened(checkpoint, () => this.disk.deleteCheckpoint(checkpoint, options));
+    await this.#inTurn(options.signal, () =>
+      this.openFiles.whileUnopened(checkpoint, () => this.disk.deleteCheckpoint(checkpoint, options)),
+    );
   }
 
   /**
@@ -158,7 +165,7 @@ export class MountedDisk {
     validateNewName(newName);
     if (checkpoint.name === newName) return checkpoint;
     this.#refuseIfTaken(checkpoint.kind, newName);
-    return this.disk.renameCheckpoint(checkpoint, newName);
+    return this.#inTurn(undefined, () => this.disk.renameCheckpoint(checkpoint, newName));
   }
 
   /**
@@ -168,7 +175,9 @@ export class MountedDisk {
   async rollback(checkpoint: Checkpoint): Promise<void> {
     await this.machine.refuseIfAlive(`Rolling back ${this.disk.name}`);
     this.#refuseIfReadOnly();
-    await this.openFiles.exclusively(`rollback to ${quote(checkpoint.name)}`, () => this.disk.rollback(checkpoint));
+    await this.#inTurn(undefined, () =>
+      this.openFiles.exclusively(`rollback to ${quote(checkpoint.name)}`, () => this.disk.rollback(checkpoint)),
+    );
   }
 
   /** @throws FsError EROFS, and EBUSY while a live file is open for writing */
@@ -186,14 +195,21 @@ export class MountedDisk {
   /** Growing is possible under a running guest, shrinking is not. `bytes`: the new virtual size. */
   async resize(bytes: number, options: { readonly shrink: boolean }): Promise<void> {
     this.#refuseIfReadOnly();
-    if (bytes >= this.disk.virtualSize()) return this.disk.resize(bytes, options);
+    if (bytes >= this.disk.virtualSize()) return this.#inTurn(undefined, () => this.disk.resize(bytes, options));
     if (!options.shrink) {
       throw new FsError(
         'EPERM',
         `${this.disk.name} has ${this.disk.virtualSize()} bytes and would lose what is beyond ${bytes}: say --shrink if that is meant.`,
       );
     }
-    return this.openFiles.exclusively(`shrinking ${this.disk.name}`, () => this.disk.resize(bytes, options));
+    return this.#inTurn(undefined, () =>
+      this.openFiles.exclusively(`shrinking ${this.disk.name}`, () => this.disk.resize(bytes, options)),
+    );
+  }
+
+  /** Not while a checkpoint of the guest is on its way: the guest would stand still until this is done. */
+  #inTurn<T>(signal: AbortSignal | undefined, work: () => Promise<T>): Promise<T> {
+    return this.machine.inTurn(signal ?? UNINTERRUPTED, work);
   }
 
   #refuseIfReadOnly(): void {

@@ -132,6 +132,19 @@ describe('a checkpoint of a running guest', () => {
     await expect(taken()).resolves.toEqual(['a']);
   });
 
+  it('lets no other change of its disks in between: the guest would stand still for it', async () => {
+    disks[0]?.addForeign('old');
+    const folder = await directoryAt(root, 'vm1/snapshots');
+    let removing: Promise<void> | undefined;
+    guest.on.set('opened', async () => {
+      removing = folder.removeDirectory('old', caller);
+    });
+    guest.on.set('paused', async () => expect(await taken()).toEqual(['old']));
+    await mkdir('a');
+    await removing;
+    expect(await taken()).toEqual(['a']);
+  });
+
   it('takes two that are wished at once one after the other', async () => {
     await Promise.all([mkdir('a'), run('checkpoint b')]);
     expect(await taken()).toEqual(['a', 'b']);
