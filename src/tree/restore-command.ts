@@ -33,9 +33,10 @@ export async function restoreCommandText(mounted: MountedDisk, checkpoint: Check
  */
 export async function rollBackToRestore(mounted: MountedDisk, checkpoint: Checkpoint): Promise<string> {
   const { machine } = mounted;
-  const what = `estoring ${JSON.stringify(checkpoint.name)}`;
   const { statePath, shortStatePath } = requestOf(holderOf(mounted, checkpoint));
-  const all = machine.disks.map((disk) => ({ disk, its: disk === mounted ? checkpoint : disk.find(checkpoint.name) }));
+  const { name, kind } = checkpoint;
+  const what = `estoring ${JSON.stringify(name)}`;
+  const all = machine.disks.map((disk) => ({ disk, its: disk === mounted ? checkpoint : disk.find(name, kind) }));
   await machine.refuseIfAlive(`R${what}`);
   for (const { disk } of all) await disk.refuseIfWritten(`r${what}`);
   for (const { disk, its } of all) await disk.rollback(its);

@@ -140,7 +140,7 @@ async function takeWithMemory(machine: Machine, guest: Guest, request: TakeReque
   try {
     const identity = await orAbort(guest.identity(), giveUp.signal);
     expected = expectedStateBytes(disk.disk.checkpoints(), identity.argv);
-    for (const one of machine.disks) await one.disk.prepareFreeze();
+    for (const one of machine.disks) await orAbort(one.disk.prepareFreeze(), giveUp.signal);
     saving = guest.save({
       directory: `${machine.mountpoint}/${disk.disk.name}/.incoming/${folder.name}`,
       name: MEMORY_FILE,
