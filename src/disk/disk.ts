@@ -211,6 +211,8 @@ export interface Disk {
   readonly owner: 'served' | 'attached';
   /** The image cannot be written: asked for, a read-only file, or found corrupt; the reason in words. */
   readonly readOnly: string | undefined;
+  /** How changes are refused then: EBUSY where images of others are built on it, else EROFS. */
+  readonly refusal?: 'EBUSY' | undefined;
   /**
    * See what others have changed in an image that is not ours to write, before anyone looks: which checkpoints there
    * are, or the live contents too.

@@ -36,6 +36,8 @@ export class LayerTree implements Disposable {
   readonly options: TreeOptions;
   /** Why nothing can be written, although that was asked for. */
   readonly unwritable: string | undefined;
+  /** Images of others are why. */
+  readonly builtOn: boolean;
   #active: Layer;
   /** Every open layer. */
   readonly #layers: Set<Layer>;
@@ -46,12 +48,14 @@ export class LayerTree implements Disposable {
     layers: Iterable<Layer>,
     options: TreeOptions,
     unwritable: string | undefined,
+    builtOn: boolean,
   ) {
     this.#bottom = bottom;
     this.#active = active;
     this.#layers = new Set(layers);
     this.options = options;
     this.unwritable = unwritable;
+    this.builtOn = builtOn;
   }
 
   /** Open everything that belongs to the disk of an image, and lock it. @throws FsError with nothing left open */
@@ -74,7 +78,7 @@ export class LayerTree implements Disposable {
         unlocked,
       });
       keep(chain.top);
-      let { unwritable = hindrance } = chain;
+      let { unwritable = hindrance?.why } = chain;
       for (const { path: branch } of found.overlays) {
         if (layers.has(branch)) continue;
         try {
@@ -87,7 +91,7 @@ export class LayerTree implements Disposable {
       if (!options.readOnly && unwritable === undefined) rememberMoved(found.moved, layers);
       const bottom = single ? chain.top : layers.get(found.bottom);
       if (bottom === undefined) throw new FsError('EIO', `${path}: the chain changed while it was being opened`);
-      return new LayerTree(bottom, chain.top, layers.values(), options, unwritable);
+      return new LayerTree(bottom, chain.top, layers.values(), options, unwritable, hindrance?.builtOn ?? false);
     } catch (error) {
       for (const layer of layers.values()) layer[Symbol.dispose]();
       throw error;
@@ -226,14 +230,17 @@ function hindranceOf({
   foreign,
   missing,
   ambiguous,
-}: Awaited<ReturnType<typeof discoverDisk>>): string | undefined {
+}: Awaited<ReturnType<typeof discoverDisk>>): { readonly why: string; readonly builtOn: boolean } | undefined {
   if (ambiguous.length > 0) {
-    return `${ambiguous.join(' and ')} both claim to be the end of its chain, as a copy does; move all but one of them elsewhere`;
+    const why = `${ambiguous.join(' and ')} both claim to be the end of its chain, as a copy does; move all but one of them elsewhere`;
+    return { why, builtOn: false };
   }
   if (missing.length > 0) {
-    return `it goes on in ${missing.join(', ')}, which ${missing.length === 1 ? 'is' : 'are'} not there; bring it back, or give its folder by --overlay-dir`;
+    const why = `it goes on in ${missing.join(', ')}, which ${missing.length === 1 ? 'is' : 'are'} not there; bring it back, or give its folder by --overlay-dir`;
+    return { why, builtOn: false };
   }
   const on = foreign.filter(({ backing }) => backing === active).map(({ path }) => path);
   if (on.length === 0) return undefined;
-  return `${on.join(', ')} ${on.length === 1 ? 'has' : 'have'} it as backing file, and would break if it changed; mount that instead, or move it out of the folder if it is not needed`;
+  const why = `${on.join(', ')} ${on.length === 1 ? 'has' : 'have'} it as backing file, and would break if it changed; mount that instead, or move it out of the folder if it is not needed`;
+  return { why, builtOn: true };
 }

@@ -61,6 +61,7 @@ export class OpenedDisk implements Disk {
   readonly imagePath: string;
   readonly owner = 'served';
   readonly readOnly: string | undefined;
+  readonly refusal: 'EBUSY' | undefined;
   readonly #tree: LayerTree;
   readonly #views = new Views();
   readonly #live: OpenContents;
@@ -90,6 +91,7 @@ export class OpenedDisk implements Disk {
     this.name = diskNameOf(this.imagePath);
     this.#tree = tree;
     this.readOnly = tree.options.readOnly ? 'it was opened for reading only' : tree.unwritable;
+    this.refusal = tree.builtOn ? 'EBUSY' : undefined;
     this.#live = this.#views.live(() => tree.active);
     this.#overlays = new Overlays({ tree, views: this.#views, relinked: () => this.#relinked() });
     this.#relist();
@@ -552,7 +554,7 @@ export class OpenedDisk implements Disk {
 
   #checkWritable(): void {
     if (this.readOnly !== undefined)
-      throw new FsError('EROFS', `${this.imagePath} cannot be changed: ${this.readOnly}`);
+      throw new FsError(this.refusal ?? 'EROFS', `${this.imagePath} cannot be changed: ${this.readOnly}`);
   }
 
   #checkFree(name: string, except?: Checkpoint): void {

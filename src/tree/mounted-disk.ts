@@ -221,7 +221,8 @@ export class MountedDisk {
   }
 
   #refuseBecause(reason: string | undefined): void {
-    if (reason !== undefined) throw new FsError('EROFS', `${this.disk.name} cannot be changed: ${reason}.`);
+    const { refusal = 'EROFS' } = this.disk;
+    if (reason !== undefined) throw new FsError(refusal, `${this.disk.name} cannot be changed: ${reason}.`);
   }
 
   /** Real names count too: a second checkpoint of that name would be shown under another. */
