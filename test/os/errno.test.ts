@@ -53,7 +53,8 @@ describe('errno numbers of this host', () => {
     ['ENOLCK', 'ENOTSUP'],
     ['ETXTBSY', 'EBUSY'],
     ['EMFILE', 'EIO'],
-    ['ECONNREFUSED', 'EIO'],
+    ['ECONNREFUSED', 'ENOTCONN'],
+    ['ECONNABORTED', 'EIO'],
   ] as const)('%s becomes %s', (name, expected) => {
     expect(errnoName(constants.errno[name])).toBe(expected);
   });
