@@ -163,6 +163,12 @@ export class Overlays {
     const { overlay } = this.#unused(checkpoint);
     const { tree } = this.#host;
     const shown = shownBy(overlay);
+    if (!tree.active.chain.includes(overlay)) {
+      throw new FsError(
+        'EBUSY',
+        `the disk has left the branch of checkpoint '${checkpoint.name}', and nothing of it was written since; roll back to it first, or delete it without discarding`,
+      );
+    }
     const doomed = this.#subtree(overlay);
     for (const layer of doomed) this.#refuseSnapshots(layer, 'discarded');
     for (const point of this.#points) {
