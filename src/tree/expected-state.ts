@@ -4,7 +4,7 @@ import { MEMORY_FILE } from './state-folder.ts';
 
 const UNITS: Readonly<Record<string, number>> = { '': 2 ** 20, K: 2 ** 10, M: 2 ** 20, G: 2 ** 30, T: 2 ** 40 };
 
-/** Bytes: as much as last time, else the memory that the guest was started with; undefined if neither is known. */
+/** Bytes: as much as in a checkpoint of before, else the memory that the guest was started with; undefined if neither is known. */
 export function expectedStateBytes(checkpoints: readonly Checkpoint[], argv: readonly string[]): number | undefined {
   for (const { stateFiles } of checkpoints.toReversed()) {
     const memory = stateFiles.find(({ name }) => name === MEMORY_FILE);

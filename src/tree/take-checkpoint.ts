@@ -139,7 +139,8 @@ async function takeWithMemory(machine: Machine, guest: Guest, request: TakeReque
   let saving: Promise<void> | undefined;
   try {
     const identity = await orAbort(guest.identity(), giveUp.signal);
-    expected = expectedStateBytes(disk.disk.checkpoints(), identity.argv);
+    const known = machine.disks.flatMap((one) => one.disk.checkpoints());
+    expected = expectedStateBytes(known, identity.argv);
     for (const one of machine.disks) await orAbort(one.disk.prepareFreeze(), giveUp.signal);
     saving = guest.save({
       directory: `${machine.mountpoint}/${disk.disk.name}/.incoming/${folder.name}`,
