@@ -1,7 +1,7 @@
 /** IMAGE_OR_DIR...: which disks a mount shows, and under which names. */
 import { readdirSync, statSync } from 'node:fs';
 import { basename, resolve } from 'node:path';
-import { bottomOf, FolderScan } from '../disk/folder-scan.ts';
+import { bottomOf, discoverDisk, FolderScan } from '../disk/folder-scan.ts';
 import { FsError } from '../errors.ts';
 import { fsErrorFrom } from '../os/errno.ts';
 
@@ -19,7 +19,8 @@ export interface SourceDisk {
 
 /**
  * The disks to mount, in the order given. An overlay of this program stands for the disk that it belongs to. A directory
- * stands for the disks in it: a *.qcow2 that another image there has as its backing file is no disk of its own.
+ * stands for the disks in it: a disk whose
+ * live image another one there has as its backing file is no disk of its own.
  * @throws FsError ENOENT for what is not there, and for a directory without images; EEXIST for two disks of one name
  */
 export async function disksToMount(paths: readonly string[]): Promise<SourceDisk[]> {
@@ -74,16 +75,21 @@ async function disksIn(scan: FolderScan, directory: string): Promise<(SourceDisk
     );
   }
   const disks = new Map<string, SourceDisk & { readonly bottom: string }>();
-  /** Disks that another one is built on. */
-  const below = new Set<string>();
+  /** What images of others are built on. */
+  const backings = new Set<string>();
   for (const path of images) {
     const disk = await sourceDisk(scan, path);
     const image = await scan.image(path);
-    if (image?.mark === undefined && image?.backing !== undefined) below.add(await bottomOf(scan, image.backing));
+    if (image?.mark === undefined && image?.backing !== undefined) backings.add(image.backing);
     // The image itself stands for the disk before its overlays.
     if (!disks.has(disk.bottom) || image?.path === disk.bottom) disks.set(disk.bottom, disk);
   }
-  const tops = [...disks.values()].filter(({ bottom }) => !below.has(bottom));
+  const tops: (SourceDisk & { readonly bottom: string })[] = [];
+  for (const disk of disks.values()) {
+    // A clone of one of its checkpoints does not take a disk's place: it goes on in another file.
+    const { active } = await discoverDisk(scan, disk.image, []);
+    if (!backings.has(active)) tops.push(disk);
+  }
   // Only in a circle is there no top; opening any of them says so.
   return tops.length > 0 ? tops : [...disks.values()];
 }

@@ -85,6 +85,20 @@ describe('the images of a mount', () => {
     expect(await disksToMount([at('first.qcow2'), base])).toEqual([{ image: at('first.qcow2'), name: 'vm1' }]);
   });
 
+  it('include a disk with a clone of one of its checkpoints, which is another disk', async () => {
+    const path = image('vm1.qcow2');
+    const disk = await openDisk(path, { readOnly: false });
+    await disk.takeCheckpoint('point', { kind: 'external' });
+    await disk.takeCheckpoint('later', { kind: 'external' });
+    await disk.close();
+    image('clone.qcow2', 'vm1.qcow2');
+    image('second.qcow2', 'point.qcow2');
+    expect((await namesIn(directory)).sort()).toEqual(['clone.qcow2', 'second.qcow2', 'vm1.qcow2']);
+    // This one stands on what the disk writes.
+    image('third.qcow2', 'later.qcow2');
+    expect((await namesIn(directory)).sort()).toEqual(['clone.qcow2', 'second.qcow2', 'third.qcow2']);
+  });
+
   it('are refused when two would be the same disk, naming both', async () => {
     mkdirSync(at('other'));
     const [one, two] = [image('vm1.qcow2'), image('other/vm1.qcow2')];
