@@ -167,7 +167,7 @@ describe('an image file', () => {
       await runOk('qemu-io', ['-c', 'read -P 1 0 1M', image]);
       await done('delete', image, 'one');
       expect(await names(image)).toEqual(['two']);
-      expect(await done('ls', image)).toMatch(/^NAME +TAKEN .*\ntwo +\d{4}-.*\n\(live\) +now .*\n$/);
+      expect(await done('ls', image)).toMatch(/^NAME +TAKEN .*\n├─ two +\d{4}-.*\n└─ \(live\) +now .*\n$/);
       await runOk('qemu-img', ['check', image]);
     }),
   );
