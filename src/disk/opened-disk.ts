@@ -1,5 +1,6 @@
 /** A disk whose image this process serves: the checkpoints, their views, and the order of what is done to them. */
 import { statSync } from 'node:fs';
+import { setTimeout as rest } from 'node:timers/promises';
 import { FsError } from '../errors.ts';
 import type { GuestIdentity } from '../guest/guest.ts';
 import { compactImage } from '../qcow2/compact/compact.ts';
@@ -53,6 +54,9 @@ import { nextViewId, Views } from './views.ts';
 
 /** Disk sizes are whole sectors, as QEMU wants them too. */
 const SECTOR_BYTES = 512;
+
+/** Between two turns of compacting when something else came between. */
+const REST_MS = 500;
 
 type Change = 'contents' | 'size' | 'checkpoints';
 
@@ -222,9 +226,14 @@ export class OpenedDisk implements Disk {
   }
 
   async prepareFreeze(): Promise<void> {
-    for (let queue: Promise<unknown> | undefined; queue !== this.#queue; ) {
-      queue = this.#queue;
-      await queue;
+    this.#waiting++;
+    try {
+      for (let queue: Promise<unknown> | undefined; queue !== this.#queue; ) {
+        queue = this.#queue;
+        await queue;
+      }
+    } finally {
+      this.#waiting--;
     }
     if (this.readOnly === undefined) await prepareSnapshot(this.#image);
   }
@@ -454,6 +463,8 @@ export class OpenedDisk implements Disk {
           `${layer.path}: compacting was broken off; the image is whole and ${given} bytes shorter, and compacting it again goes on from there`,
         );
       }
+      // What came between is often followed by more: a freeze by what was prepared for it.
+      await rest(REST_MS, undefined, signal === undefined ? {} : { signal }).catch(() => {});
     }
   }
 
