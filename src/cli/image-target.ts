@@ -88,6 +88,7 @@ export function findCheckpoint(
   const all = disk.checkpoints().filter((one) => kind === undefined || one.kind === kind);
   const found = all.find((one) => one.name === name) ?? all.find((one) => one.realName === name);
   if (found !== undefined) return found;
-  const hint = all.length === 0 ? 'it has none' : '`vdskfs ls` lists them';
-  throw new FsError('ENOENT', `${disk.imagePath}: no checkpoint is named ${JSON.stringify(name)}; ${hint}`);
+  const kindOf = kind === undefined ? '' : `${kind} `;
+  const hint = all.length === 0 ? `it has no ${kindOf}checkpoints` : '`vdskfs ls` lists them';
+  throw new FsError('ENOENT', `${disk.imagePath}: no ${kindOf}checkpoint is named ${JSON.stringify(name)}; ${hint}`);
 }
