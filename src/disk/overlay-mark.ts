@@ -9,6 +9,7 @@ import { bigEndian, u8, u16, u32, u64 } from '../bytes/record.ts';
 import { encodeHeaderCluster, type Header, readHeader } from '../qcow2/header.ts';
 import { extensionType, type HeaderExtension } from '../qcow2/header-extensions.ts';
 import type { Storage } from '../storage/storage.ts';
+import { decodeGuest } from './checkpoint-record.ts';
 import type { CheckpointDetails, Consistency } from './disk.ts';
 
 export interface OverlayMark {
@@ -48,7 +49,8 @@ const CONSISTENCIES: readonly Consistency[] = ['crash', 'frozen', 'memory'];
 
 /** Two texts follow the record, each in UTF-8 and padded with zeros: the name to take, and the guest as JSON. */
 const NAME_BYTES = 256;
-const GUEST_BYTES = 256;
+/** The smallest cluster of an overlay, 4 KiB, must have room for it, and for two names of backing files. */
+const GUEST_BYTES = 1536;
 const MARK_BYTES = record.bytes + NAME_BYTES + GUEST_BYTES;
 
 const text = (bytes: Uint8Array): string => {
@@ -74,9 +76,11 @@ export function encodeMark(mark: OverlayMark): HeaderExtension {
   );
   const encoder = new TextEncoder();
   encoder.encodeInto(mark.takesName, data.subarray(record.bytes, record.bytes + NAME_BYTES - 1));
-  // A guest with a name of hundreds of bytes is left out: it only serves to tell guests apart.
-  const guest = encoder.encode(mark.details.guest === undefined ? '' : JSON.stringify(mark.details.guest));
-  if (guest.length < GUEST_BYTES) data.set(guest, record.bytes + NAME_BYTES);
+  const { guest } = mark.details;
+  // A long command line is left out: whose memory it is must be known, how it was started may be asked for elsewhere.
+  const forms = guest === undefined ? [] : [guest, { ...guest, argv: [] }];
+  const fitting = forms.map((form) => encoder.encode(JSON.stringify(form))).find(({ length }) => length < GUEST_BYTES);
+  if (fitting !== undefined) data.set(fitting, record.bytes + NAME_BYTES);
   return { type: extensionType.OVERLAY, data };
 }
 
@@ -87,7 +91,7 @@ export function markOf(header: Header): OverlayMark | undefined {
   const { version, flags, consistency, sequence, createdMs } = record.decode(data);
   if (version !== VERSION || (flags & flagBits.bottom) !== 0) return undefined;
   const is = (bit: number): boolean => (flags & bit) !== 0;
-  const guest = parsed(text(data.subarray(record.bytes + NAME_BYTES)));
+  const guest = decodeGuest(text(data.subarray(record.bytes + NAME_BYTES)));
   return {
     sequence,
     pending: is(flagBits.pending),
@@ -99,15 +103,6 @@ export function markOf(header: Header): OverlayMark | undefined {
     details: { consistency: CONSISTENCIES[consistency] ?? 'crash', ...(guest === undefined ? {} : { guest }) },
     takesName: is(TAKES_NAME) ? text(data.subarray(record.bytes, record.bytes + NAME_BYTES)) : '',
   };
-}
-
-function parsed(json: string): CheckpointDetails['guest'] {
-  try {
-    const guest = JSON.parse(json) as CheckpointDetails['guest'];
-    return typeof guest === 'object' && guest !== null ? guest : undefined;
-  } catch {
-    return undefined; // none
-  }
 }
 
 /** Change the mark of an overlay where it stands. Durable when it returns. */
