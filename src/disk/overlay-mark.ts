@@ -78,7 +78,7 @@ export function encodeMark(mark: OverlayMark): HeaderExtension {
   encoder.encodeInto(mark.takesName, data.subarray(record.bytes, record.bytes + NAME_BYTES - 1));
   const { guest } = mark.details;
   // A long command line is left out: whose memory it is must be known, how it was started may be asked for elsewhere.
-  const forms = guest === undefined ? [] : [guest, { ...guest, argv: [] }];
+  const forms = guest === undefined ? [] : [{ guest }, { guest: { ...guest, argv: [] } }];
   const fitting = forms.map((form) => encoder.encode(JSON.stringify(form))).find(({ length }) => length < GUEST_BYTES);
   if (fitting !== undefined) data.set(fitting, record.bytes + NAME_BYTES);
   return { type: extensionType.OVERLAY, data };
