@@ -1,6 +1,5 @@
 import { FsError } from '../errors.ts';
-
-const SIGNALS = ['SIGINT', 'SIGTERM', 'SIGHUP'] as const;
+import { STOP_SIGNALS } from './stop-signals.ts';
 
 /**
  * Long work that Ctrl-C may break off between any two of its steps: its signal is aborted then, with the error to throw.
@@ -11,10 +10,10 @@ export async function interruptible<T>(consequence: string, work: (signal: Abort
   const abort = (signal: NodeJS.Signals): void => {
     controller.abort(new FsError('EINTR', `interrupted by ${signal}: ${consequence}`));
   };
-  for (const signal of SIGNALS) process.on(signal, abort);
+  for (const signal of STOP_SIGNALS) process.on(signal, abort);
   try {
     return await work(controller.signal);
   } finally {
-    for (const signal of SIGNALS) process.off(signal, abort);
+    for (const signal of STOP_SIGNALS) process.off(signal, abort);
   }
 }

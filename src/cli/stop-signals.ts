@@ -1,8 +1,6 @@
-/**
- * Signals that ask a serving process to end. Under npm a Ctrl-C arrives twice, from the terminal and from npm: what
- * follows within a moment is the same wish.
- */
-const SIGNALS = ['SIGINT', 'SIGTERM', 'SIGHUP'] as const;
+/** Signals that ask a process to end. */
+export const STOP_SIGNALS = ['SIGINT', 'SIGTERM', 'SIGHUP'] as const;
+/** Under npm a Ctrl-C arrives twice, from the terminal and from npm: what follows within a moment is the same wish. */
 const SAME_WISH_MS = 1000;
 
 export interface StopSignals {
@@ -25,7 +23,7 @@ export function watchStopSignals(now: () => number = Date.now): StopSignals {
     count++;
     listener?.(count);
   };
-  for (const signal of SIGNALS) process.on(signal, onSignal);
+  for (const signal of STOP_SIGNALS) process.on(signal, onSignal);
   return {
     get count() {
       return count;

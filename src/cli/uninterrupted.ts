@@ -1,4 +1,4 @@
-const SIGNALS = ['SIGINT', 'SIGTERM', 'SIGHUP'] as const;
+import { STOP_SIGNALS } from './stop-signals.ts';
 
 /**
  * Ctrl-C must not leave a change half done: while one runs, signals are noted and it goes on to its end, which is near.
@@ -8,10 +8,10 @@ export async function uninterrupted<T>(change: () => Promise<T>): Promise<T> {
   const hold = (): void => {
     if (process.stderr.isTTY) process.stderr.write('vdskfs: finishing the change first\n');
   };
-  for (const signal of SIGNALS) process.on(signal, hold);
+  for (const signal of STOP_SIGNALS) process.on(signal, hold);
   try {
     return await change();
   } finally {
-    for (const signal of SIGNALS) process.off(signal, hold);
+    for (const signal of STOP_SIGNALS) process.off(signal, hold);
   }
 }

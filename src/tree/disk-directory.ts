@@ -84,7 +84,7 @@ export function createDiskDirectory({
   const info = new TextFile({
     ino: inodes.next(),
     path: () => `${disk.name}/info.json`,
-    text: () => diskInfoText(disk, machine.lastStatus),
+    text: () => diskInfoText(disk, machine.lastStatus, mounted.operation()),
     timeMs,
     refresh: () => Promise.all([disk.refresh('checkpoints'), machine.status()]),
   });

@@ -1,5 +1,5 @@
 /** The text of info.json, of a disk and of a checkpoint (INTERFACE.md section 3). */
-import type { Checkpoint, CheckpointDetails, Disk } from '../disk/disk.ts';
+import type { Checkpoint, CheckpointDetails, Disk, Operation } from '../disk/disk.ts';
 import type { MachineStatus } from './machine.ts';
 
 const pretty = (value: unknown): string => `${JSON.stringify(value, null, 2)}\n`;
@@ -13,7 +13,12 @@ const listed = ({ name, id, createdMs, vmStateSize }: Checkpoint) => ({
   vmStateSize,
 });
 
-export function diskInfoText(disk: Disk, { kind, name: guest, alive }: MachineStatus): string {
+/** @param operation what runs on the disk right now */
+export function diskInfoText(
+  disk: Disk,
+  { kind, name: guest, alive }: MachineStatus,
+  operation: Operation | undefined,
+): string {
   const checkpoints = disk.checkpoints();
   const { name, image, virtualSize, allocatedSize, format, chain } = disk.info();
   return pretty({
@@ -28,6 +33,7 @@ export function diskInfoText(disk: Disk, { kind, name: guest, alive }: MachineSt
     format,
     chain,
     guest: { kind, name: guest ?? null, alive },
+    operation: operation ?? null,
     snapshots: checkpoints.filter(({ kind }) => kind === 'internal').map(listed),
     overlays: checkpoints.filter(({ kind }) => kind === 'external').map(listed),
   });

@@ -526,6 +526,7 @@ describe('info.json', () => {
       format: { version: 3, clusterSize: 65536, refcountBits: 16, features: [] },
       chain: [{ file: '/tmp/vm1.qcow2', format: 'qcow2', virtualSize: MIB }],
       guest: { kind: 'none', name: null, alive: false },
+      operation: null,
       snapshots: [{ name: 'a', id: '1', created: '2024-01-01T00:00:00.000Z', vmStateSize: 6 }],
       overlays: [],
     });
