@@ -69,6 +69,8 @@ export interface CheckpointInfo {
   readonly id: string;
   readonly virtualSize: number;
   readonly vmStateSize: number;
+  /** File name of the image that holds it. */
+  readonly layer: string;
 }
 
 /** The checkpoints that the tree shows in `snapshots`, by the name of their directory. */

@@ -58,6 +58,18 @@ export function checkFindings(image: string): string {
   return done.status === 0 ? '' : `exit status ${done.status ?? done.signal}\n${done.stdout}${done.stderr}`;
 }
 
+/** The qcow2 images below an image, the nearest first. */
+export const backingFiles = (image: string): string[] =>
+  (
+    JSON.parse(qemuImg(image, ['info', '--output=json', '--backing-chain', '-f', 'qcow2', image])) as {
+      readonly filename: string;
+      readonly format: string;
+    }[]
+  )
+    .slice(1)
+    .filter(({ format }) => format === 'qcow2')
+    .map(({ filename }) => filename);
+
 /** The bytes of a raw file, as a model. */
 export function modelOfRaw(path: string): SparseModel {
   const model = new SparseModel(statSync(path).size);

@@ -3,8 +3,9 @@ import { open } from 'node:fs/promises';
 import { basename } from 'node:path';
 import { describe, expect, it } from 'vitest';
 import { corpusOf, referenceDisk, referenceSnapshot } from './corpus.ts';
-import { expectFile, listCheckpoints } from './corpus-compare.ts';
-import { hashes, snapshotsOf } from './corpus-qemu.ts';
+import { type CheckpointInfo, expectFile, listCheckpoints } from './corpus-compare.ts';
+import type { SparseModel } from './corpus-model.ts';
+import { backingFiles, hashes, snapshotsOf } from './corpus-qemu.ts';
 import { driver, withMount } from './mount.ts';
 import { withDirectory } from './run.ts';
 
@@ -14,8 +15,12 @@ describe.each(corpusOf(driver))('$name: $what', (variant) => {
       const image = variant.make(directory);
       const before = hashes(directory);
       const disk = referenceDisk(variant, image);
-      const wanted = snapshotsOf(image);
-      const snapshots = new Map(wanted.map(({ id }) => [id, referenceSnapshot(variant, image, id)]));
+      const kept = [image, ...backingFiles(image)].flatMap((layer) =>
+        snapshotsOf(layer).map(({ id, name, 'vm-state-size': vmStateSize }) => ({
+          info: { layer: basename(layer), id, realName: name, vmStateSize },
+          model: referenceSnapshot(variant, layer, id),
+        })),
+      );
 
       await withMount(image, { args: ['--read-only'] }, async (tree) => {
         const name = basename(image, '.qcow2');
@@ -24,12 +29,10 @@ describe.each(corpusOf(driver))('$name: $what', (variant) => {
         await expect(open(live, 'r+')).rejects.toMatchObject({ code: expect.stringMatching(/^(EROFS|EACCES)$/) });
 
         const shown = await listCheckpoints(tree.path(name, 'snapshots'));
-        expect(
-          [...shown.values()].map(({ id, realName, vmStateSize }) => ({ id, realName, vmStateSize })).sort(byId),
-        ).toEqual(wanted.map((it) => ({ id: it.id, realName: it.name, vmStateSize: it['vm-state-size'] })).sort(byId));
-        for (const [directoryName, { id, name: infoName, virtualSize }] of shown) {
-          const model = snapshots.get(id);
-          if (!model) throw new Error(`${directoryName} has ID ${id}, which qemu-img does not list`);
+        expect([...shown.values()].map(told).sort()).toEqual(kept.map(({ info }) => told(info)).sort());
+        for (const [directoryName, info] of shown) {
+          const model = kept.find((one) => told(one.info) === told(info))?.model as SparseModel;
+          const { name: infoName, virtualSize } = info;
           expect({ infoName, virtualSize }).toEqual({ infoName: directoryName, virtualSize: model.size });
           await expectFile(tree.path(name, 'snapshots', directoryName, 'disk.raw'), model, variant.sparse);
         }
@@ -38,4 +41,5 @@ describe.each(corpusOf(driver))('$name: $what', (variant) => {
     }));
 });
 
-const byId = (a: { id: string }, b: { id: string }): number => Number(a.id) - Number(b.id);
+const told = ({ layer, id, realName, vmStateSize }: Omit<CheckpointInfo, 'name' | 'virtualSize'>): string =>
+  JSON.stringify([layer, id, realName, vmStateSize]);

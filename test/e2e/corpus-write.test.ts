@@ -94,7 +94,9 @@ class Script {
   async run(tree: MountedTree): Promise<void> {
     const disk = tree.path(basename(this.#image, '.qcow2'));
     const shown = await listCheckpoints(join(disk, 'snapshots'));
-    this.#checkpoints = new Map([...shown].map(([name, { id }]) => [name, this.#byId(id)]));
+    // Those of the layers below are not this disk's to change.
+    const own = [...shown].filter(([, { layer }]) => layer === basename(this.#image));
+    this.#checkpoints = new Map(own.map(([name, { id }]) => [name, this.#byId(id)]));
     for (let left = STEPS; left > 0; ) {
       // The file stays open from one rollback to the next: rolling back is refused while somebody may write.
       const file = await open(join(disk, 'disk.raw'), 'r+');
