@@ -8,8 +8,8 @@ const mounted = (driver: string, order: number) => ({
     env: { VDSKFS_DRIVER: driver },
     testTimeout: 120_000,
     hookTimeout: 60_000,
-    // Mounts, loop devices and fio share one machine: a file at a time.
-    maxWorkers: 1,
+    // They wait for other programs half of the time.
+    maxWorkers: 2,
     sequence: { groupOrder: order },
   },
 });
