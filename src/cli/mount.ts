@@ -13,6 +13,7 @@ interface MountFlags {
   readonly foreground?: boolean;
   readonly allowOther?: boolean;
   readonly threads: number;
+  readonly poll: number;
   readonly cache?: number;
   readonly replace?: boolean;
   readonly backingRoot?: readonly string[];
@@ -27,6 +28,12 @@ interface MountFlags {
 
 /** Two wake each other on the caller's own core; more gain only where there are more cores (DESIGN.md, section 1). */
 const defaultThreads = Math.max(2, Math.min(4, availableParallelism()));
+
+/**
+ * Measured on two cores: 4K random reads of one job rise from 38 to 49 k/s with 15 µs as with 40, those of eight stay as
+ * they are. On a single core, the one who waits would keep the client from asking.
+ */
+const defaultPoll = availableParallelism() > 1 ? 20 : 0;
 
 export function addMount(program: Command): void {
   program
@@ -52,6 +59,12 @@ export function addMount(program: Command): void {
     .option('--overlay-dir <dir>', 'where new overlays go; left out: beside the image', folderArgument)
     .option('--backing-root <dir>', 'one more folder with images that may be built on these', foldersArgument)
     .option('--threads <n>', 'threads that serve reads and writes', countArgument(1), defaultThreads)
+    .option(
+      '--poll <microseconds>',
+      'how long one of them stays awake for the next request; 0 saves power and costs speed',
+      countArgument(0),
+      defaultPoll,
+    )
     .option('--cache <size>', 'memory for the tables of each disk, such as 32M', sizeArgument)
     .option('--replace', 'first end what vdskfs has mounted there, or left there when it died')
     .addOption(new Option('--driver <name>', 'how to talk to the kernel').choices(driverNames).default('native'))
@@ -95,6 +108,7 @@ async function mount(paths: readonly string[], flags: MountFlags, command: Comma
     allowOther: flags.allowOther ?? false,
     replace: flags.replace ?? false,
     threads: flags.threads,
+    pollMicroseconds: flags.poll,
     cacheBytes: flags.cache,
     backingRoots: flags.backingRoot ?? [],
     overlayFolder: flags.overlayDir,

@@ -36,6 +36,8 @@ export interface ServeOptions {
   readonly replace: boolean;
   /** Data threads. */
   readonly threads: number;
+  /** How long one of them looks for the next request before it sleeps. */
+  readonly pollMicroseconds: number;
   /** For the metadata of each disk, in bytes. */
   readonly cacheBytes: number | undefined;
   /** Folders with images that may be built on these. Absolute, as the next. */
@@ -142,8 +144,8 @@ async function mountTree(
 ): Promise<Mounted> {
   const driver = await loadDriver(options.driver);
   const source = disks.length === 1 ? disks[0]!.imagePath : `${disks.length} disks`;
-  const { readOnly, allowOther, threads } = options;
-  return driver(tree, { mountpoint, source, readOnly, allowOther, threads });
+  const { readOnly, allowOther, threads, pollMicroseconds } = options;
+  return driver(tree, { mountpoint, source, readOnly, allowOther, threads, pollMicroseconds });
 }
 
 /** Loaded when it is asked for: fuse-native is an optional package, and opens a library of the system. */

@@ -7,9 +7,11 @@ import { inspect } from 'node:util';
 import { parentPort } from 'node:worker_threads';
 import { FsError } from '../errors.ts';
 import { errnoNumber } from '../os/errno.ts';
+import { inputWaiter } from '../os/input-waiter.ts';
 import { DATA_HANDLES, type DataPlane, DEFER } from './data-plane.ts';
 import { type DeviceAccess, REQUEST_HEAD_BYTES, readRequest, writeReply } from './device.ts';
 import { operationOf, operations } from './operations.ts';
+import { Polling } from './polling.ts';
 import { fallocateIn, inHeader, lseekIn, outHeader, readIn, SYNC_FLAGS, writeIn } from './structures.ts';
 
 /** Everything that a data thread posts to the main thread. */
@@ -115,11 +117,15 @@ export function serveDevice(device: DeviceAccess, plane: DataPlane): void {
     return true;
   };
 
+  const polling = new Polling(device, inputWaiter(fd));
+  let served = false;
   for (;;) {
+    // What went to the main thread is on its way there: do not take its core.
+    if (served) polling.wait();
     const length = readRequest(fd, request);
     if (length === 0) return;
     const opcode = view.getUint32(inHeader.at.opcode, true);
-    let served = true;
+    served = true;
     try {
       served = serve(opcode, length);
     } catch (error) {

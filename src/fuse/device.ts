@@ -8,6 +8,10 @@ export interface DeviceAccess {
   readonly fd: number;
   /** Largest data of one READ or WRITE. */
   readonly requestBytes: number;
+  /** How long a thread looks for the next request before it sleeps, in microseconds; 0: not at all. */
+  readonly pollMicroseconds: number;
+  /** One word: 1 while a thread of this mount polls. */
+  readonly polled: SharedArrayBuffer;
 }
 
 /** Room beside the data of a WRITE, for its head and for requests with names (the kernel insists on 80 bytes). */

@@ -10,6 +10,8 @@ export interface MountOptions {
   readonly allowOther: boolean;
   /** Data threads; at least 1. */
   readonly threads: number;
+  /** How long a data thread looks for the next request before it sleeps; 0: not at all. */
+  readonly pollMicroseconds: number;
 }
 
 /** What a driver can pass on; what it lacks, the tree's users do without, and tests skip by it. */

@@ -48,7 +48,13 @@ export const mountNative: Driver = async (fileSystem, options) => {
   const notifier = new DeviceNotifier(fd, (error) => report(error, 'notification'));
   fileSystem.attachNotifier(notifier);
 
-  const threads = startThreads(fileSystem, { fd, requestBytes: REQUEST_BYTES }, options.threads, session, report);
+  const device = {
+    fd,
+    requestBytes: REQUEST_BYTES,
+    pollMicroseconds: options.pollMicroseconds,
+    polled: new SharedArrayBuffer(4),
+  };
+  const threads = startThreads(fileSystem, device, options.threads, session, report);
   const ended = threads.ended.then(async () => {
     await session.close();
     await notifier.close();

@@ -1,4 +1,4 @@
-/** The system calls that Node lacks, with one implementation per system. None is on the path of a READ or a WRITE. */
+/** The system calls that Node lacks, with one implementation per system. None moves the data of a READ or a WRITE. */
 import { FsError } from '../errors.ts';
 import { darwin } from './darwin.ts';
 import { freebsd } from './freebsd.ts';

@@ -15,8 +15,10 @@ export function leaveWrite(image: Image): void {
   image.lock();
   const left = (image.words[word.WRITERS] as number) - 1;
   image.words[word.WRITERS] = left;
+  const awaited = left === 0 && image.words[word.GATE] !== 0;
   image.unlock();
-  if (left === 0) Atomics.notify(image.words, word.WRITERS);
+  // Whoever closes the gate later finds no writer, and does not wait.
+  if (awaited) Atomics.notify(image.words, word.WRITERS);
 }
 
 /** Close the gate and wait until no write is running: as long as one host write takes. It is open when all who closed it have opened it. */

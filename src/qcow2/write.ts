@@ -43,8 +43,13 @@ export function writeRange(image: Image, source: Uint8Array, at: number, length:
   let from = guest;
   while (from < end) {
     const to = Math.min(end, stepEnd(image, from));
-    if (!asWriter(image, from, to, () => writePieces(image, source, at + (from - guest), to - from, from)))
-      return false;
+    if (!beginWrite(image)) return false;
+    try {
+      writePieces(image, source, at + (from - guest), to - from, from);
+    } finally {
+      endWrite(image, from, to);
+    }
+    relieve(image);
     from = to;
   }
   return true;
@@ -71,19 +76,40 @@ export function stepEnd(image: Image, guest: number): number {
  * @returns false when the gate is closed
  */
 export function asWriter(image: Image, guest: number, end: number, action: () => void): boolean {
-  image.checkUsable();
-  if (!enterWrite(image)) return false;
-  const entered = image.enter();
+  if (!beginWrite(image)) return false;
   try {
-    beforeData(image);
     action();
   } finally {
-    noteWritten(image, guest, end);
-    image.leave(entered);
-    leaveWrite(image);
+    endWrite(image, guest, end);
   }
   relieve(image);
   return true;
+}
+
+/**
+ * This thread becomes one of the image's writers, until `endWrite`. Two functions and no callback, since the data path
+ * allocates nothing.
+ * @returns false when the gate is closed
+ */
+function beginWrite(image: Image): boolean {
+  image.checkUsable();
+  if (!enterWrite(image)) return false;
+  image.enter();
+  try {
+    beforeData(image);
+  } catch (error) {
+    endWrite(image, 0, 0);
+    throw error;
+  }
+  return true;
+}
+
+/** The change of [guest, end) has ended, well or not. */
+function endWrite(image: Image, guest: number, end: number): void {
+  noteWritten(image, guest, end);
+  // Writers do not nest: what `beginWrite` entered was the outermost operation.
+  image.leave(true);
+  leaveWrite(image);
 }
 
 /** The write proper, for callers that are writers already. */

@@ -49,7 +49,7 @@ function serve(plane: DataPlane, ...requests: readonly Uint8Array[]) {
   try {
     for (const message of requests) writeSync(kernel, message);
     writeSync(kernel, new Uint8Array(0)); // reads as the end
-    serveDevice({ fd: device, requestBytes: 65536 }, plane);
+    serveDevice({ fd: device, requestBytes: 65536, pollMicroseconds: 0, polled: new SharedArrayBuffer(4) }, plane);
     closeSync(device);
     const replies: ReturnType<typeof parseReply>[] = [];
     const buffer = Buffer.alloc(70_000);

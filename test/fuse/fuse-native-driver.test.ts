@@ -6,7 +6,14 @@ testDriver('fuse-native', fuseNativeCapabilities);
 
 describe('the fuse-native driver', () => {
   it('has libfuse cache nothing, as nothing could be invalidated', () => {
-    const options = { mountpoint: '/mnt', source: 'a,b', readOnly: true, allowOther: false, threads: 2 };
+    const options = {
+      mountpoint: '/mnt',
+      source: 'a,b',
+      readOnly: true,
+      allowOther: false,
+      threads: 2,
+      pollMicroseconds: 0,
+    };
     expect(fuseOptions(options)).toMatchObject({
       fsname: 'a\\,b',
       subtype: 'vdskfs,direct_io,use_ino,hard_remove,big_writes,nosuid,nodev,ro',

@@ -91,6 +91,7 @@ export class MountedMemory {
       readOnly: false,
       allowOther: false,
       threads: 2,
+      pollMicroseconds: 20,
       dataPlane: true,
       ...options,
       mountpoint,

@@ -12,7 +12,7 @@ function directory(): string {
   return path;
 }
 
-const options = { source: 'nothing', readOnly: false, allowOther: false, threads: 1 };
+const options = { source: 'nothing', readOnly: false, allowOther: false, threads: 1, pollMicroseconds: 0 };
 
 describe('mounting on Linux', () => {
   it.each(['linux-root', 'linux-user'] as const)('as %s gives the descriptor on which INIT waits', async (way) => {
