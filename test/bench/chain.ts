@@ -1,7 +1,8 @@
 /** A long chain of overlays: mounting it, and random reads, beside QEMU on the same chain and beside one image with the same contents. */
-import { rm } from 'node:fs/promises';
-import { join } from 'node:path';
+import { readdir, rm } from 'node:fs/promises';
+import { basename, join } from 'node:path';
 import { fio, inWords, type Job, jobs } from './jobs.ts';
+import { holdInPageCache } from './page-cache.ts';
 import { run } from './processes.ts';
 import type { Images, Server } from './servers.ts';
 import { median, table } from './statistics.ts';
@@ -55,6 +56,8 @@ export async function measureChain(
   const chain = await makeChain(directory);
   const single: Images = { ...chain, qcow2: join(directory, 'single.qcow2') };
   await run('qemu-img', ['convert', '-O', 'qcow2', chain.qcow2, single.qcow2]);
+  const layers = (await readdir(directory)).filter((name) => name.startsWith('layer'));
+  using _held = holdInPageCache([...layers, basename(single.qcow2)].map((name) => ({ path: join(directory, name) })));
   const reading = jobs.filter(({ rw }) => rw === 'randread');
   const columns: [string, Server, Images][] = [
     [`${own.name}, one image`, own, single],

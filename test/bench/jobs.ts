@@ -129,7 +129,8 @@ export async function fio(job: Job, file: string, options: FioOptions): Promise<
     `--size=${options.span}`,
     ...(job.allocates
       ? [`--io_size=${Math.min(total, options.span)}`]
-      : ['--time_based', `--runtime=${options.seconds}`]),
+      : // The start of a client and of its server's compiler is not what is compared.
+        ['--time_based', '--ramp_time=1', `--runtime=${options.seconds}`]),
     ...(options.core === undefined ? [] : [`--cpus_allowed=${options.core}`]),
     '--direct=1',
     '--ioengine=psync',

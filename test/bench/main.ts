@@ -12,6 +12,7 @@ import { checkpointSizes, measureCheckpoints, reportCheckpoints } from './checkp
 import { measureCopy } from './copy.ts';
 import { guestSizes, measureGuest, reportGuests } from './guest-pause.ts';
 import { type Job, jobs } from './jobs.ts';
+import { holdInPageCache } from './page-cache.ts';
 import { endEverything, run } from './processes.ts';
 import { compileFloor, floor, type Images, qemu, type Server, vdskfs } from './servers.ts';
 import { median, table } from './statistics.ts';
@@ -23,6 +24,7 @@ import {
   report,
   reportPinned,
   type Throughput,
+  WRITTEN_BYTES,
 } from './throughput.ts';
 
 const OTHERS = ['copy', 'chain', 'checkpoints', 'guests', 'memory'];
@@ -37,8 +39,9 @@ const HELP = `npm run bench -- [options]
   --quick          one round of a second each, the smaller checkpoints and guests only: to see that it works
   --dir DIR        where the images are made (default: the system's temporary folder); needs 12 GiB
 
-The page cache is warm, I/O is direct, one server runs at a time and they take turns. vdskfs opens live files with
-FOPEN_DIRECT_IO and FOPEN_PARALLEL_DIRECT_WRITES, and so does the floor (floor.c); QEMU chooses its own.
+The images are locked in the page cache, I/O is direct, one server runs at a time and they take turns; the first second
+of a turn does not count, but where it allocates. vdskfs opens live files with FOPEN_DIRECT_IO and
+FOPEN_PARALLEL_DIRECT_WRITES, and so does the floor (floor.c); QEMU chooses its own.
 
 example: npm run bench -- --only randread,randread8 --rounds 5
 `;
@@ -135,6 +138,9 @@ async function compare(
 ): Promise<void> {
   options.say('making the images');
   const images = await makeImages(directory);
+  using held = holdInPageCache([{ path: images.qcow2 }, { path: images.raw, bytes: WRITTEN_BYTES }]);
+  for (const path of held.failed)
+    options.say(`${path} is not locked in memory: run as root, or raise the limit (ulimit -l)`);
   const servers = await availableServers(images, own, root, directory, options.say);
   const footprint: Footprint = { memory: new Map(), mountMs: new Map() };
   const rounds = async (jobs: readonly Job[], core: number | undefined): Promise<Throughput[]> => {
