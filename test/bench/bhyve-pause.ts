@@ -83,7 +83,7 @@ export async function measureBhyve(
     await run('qemu-img', ['create', ...options, image, String(size.disk.bytes)]);
     const name = `bench${process.pid}`;
     const server: Server = vdskfs(launcher, ['--guest', `disk=bhyve:${name}`], host.env);
-    await server.serve({ qcow2: image, raw: '', size: size.disk.bytes }, async (served) => {
+    await server.serve({ qcow2: image, size: size.disk.bytes }, async (served) => {
       await withGuest(host, name, size, served.file, async (guest) => {
         for (let round = 0; round < rounds; round++) {
           samples.push(await measureOnce(host, guest, name, join(place, 'plain'), served.directory));

@@ -42,7 +42,7 @@ async function makeChain(directory: string): Promise<Images> {
     await run('qemu-io', ['-f', 'qcow2', ...writes.flatMap((command) => ['-c', command]), path]);
     if (index > 0) await run('qemu-img', ['rebase', '-u', '-b', names[index - 1] as string, '-F', 'qcow2', path]);
   }
-  return { qcow2: join(directory, names.at(-1) as string), raw: '', size: DISK_BYTES };
+  return { qcow2: join(directory, names.at(-1) as string), size: DISK_BYTES };
 }
 
 /** Vdskfs on the chain, QEMU on the chain, vdskfs on one image. @returns the report */

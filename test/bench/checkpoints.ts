@@ -64,7 +64,7 @@ export async function measureCheckpoints(
         rollback: await timed(() => run('qemu-img', ['snapshot', '-a', 'bench', image])),
         delete: await timed(() => run('qemu-img', ['snapshot', '-d', 'bench', image])),
       };
-      await server.serve({ qcow2: image, raw: '', size: size.bytes }, async (served) => {
+      await server.serve({ qcow2: image, size: size.bytes }, async (served) => {
         mountTimes.push(served.mountMs);
         for (const operation of operations) {
           const measured = await perform(operation, served);

@@ -30,7 +30,7 @@ export async function measureCopy(server: Server, directory: string, { rounds, s
       await rm(copy, { force: true });
       convertMs.push(await timed(() => run('qemu-img', ['convert', '-l', 'bench', '-O', 'raw', image, copy])));
       await rm(copy);
-      await server.serve({ qcow2: image, raw: '', size: SIZE }, async ({ directory: disk }) => {
+      await server.serve({ qcow2: image, size: SIZE }, async ({ directory: disk }) => {
         const source = join(disk, 'snapshots', 'bench', 'disk.raw');
         cpMs.push(await timed(() => run('cp', ['--sparse=always', source, copy])));
       });

@@ -2,7 +2,10 @@
  * The floor: the least that any user-space FUSE server must do. One file, one pread(2) or pwrite(2) on a raw file for
  * each request, on libfuse 3's low-level interface with its own threads. It knows no format.
  *
- *     floor RAWFILE MOUNTPOINT        serves MOUNTPOINT/disk.raw until SIGTERM or umount(8)
+ *     floor RAWFILE START MOUNTPOINT        serves MOUNTPOINT/disk.raw until SIGTERM or umount(8)
+ *
+ * The disk begins at byte START of the file, as it does in a qcow2 file, behind the tables: the page cache of both then
+ * has its large folios at the same places of the disk.
  *
  * So that only the work differs from vdskfs: requests up to 1 MiB, and files opened with the same two flags
  * (FOPEN_DIRECT_IO and FOPEN_PARALLEL_DIRECT_WRITES). No splicing: small requests lose by it.
@@ -28,6 +31,7 @@ static const char FILE_NAME[] = "disk.raw";
 static const double VALID_SECONDS = 1000;
 
 static int raw;
+static off_t start;
 
 static int attributes(fuse_ino_t ino, struct stat *st)
 {
@@ -38,6 +42,7 @@ static int attributes(fuse_ino_t ino, struct stat *st)
 	} else {
 		if (fstat(raw, st) < 0)
 			return errno;
+		st->st_size -= start;
 		st->st_mode = S_IFREG | 0644;
 		st->st_nlink = 1;
 	}
@@ -93,7 +98,7 @@ static void read_file(fuse_req_t req, fuse_ino_t ino, size_t size, off_t offset,
 		fuse_reply_err(req, ENOMEM);
 		return;
 	}
-	count = pread(raw, buffer, size < MAX_BYTES ? size : MAX_BYTES, offset);
+	count = pread(raw, buffer, size < MAX_BYTES ? size : MAX_BYTES, start + offset);
 	if (count < 0)
 		fuse_reply_err(req, errno);
 	else
@@ -103,7 +108,7 @@ static void read_file(fuse_req_t req, fuse_ino_t ino, size_t size, off_t offset,
 static void write_file(fuse_req_t req, fuse_ino_t ino, const char *bytes, size_t size, off_t offset,
 		       struct fuse_file_info *info)
 {
-	ssize_t count = pwrite(raw, bytes, size, offset);
+	ssize_t count = pwrite(raw, bytes, size, start + offset);
 	(void)ino, (void)info;
 	if (count < 0)
 		fuse_reply_err(req, errno);
@@ -134,8 +139,8 @@ int main(int argc, char **argv)
 	struct fuse_session *session;
 	int status = 1;
 
-	if (argc != 3) {
-		fprintf(stderr, "usage: %s RAWFILE MOUNTPOINT\n", argv[0]);
+	if (argc != 4) {
+		fprintf(stderr, "usage: %s RAWFILE START MOUNTPOINT\n", argv[0]);
 		return 2;
 	}
 	raw = open(argv[1], O_RDWR | O_CLOEXEC);
@@ -143,11 +148,12 @@ int main(int argc, char **argv)
 		perror(argv[1]);
 		return 1;
 	}
+	start = strtoll(argv[2], NULL, 10);
 	session = fuse_session_new(&args, &operations, sizeof operations, NULL);
 	if (!session)
 		return 1;
 	if (fuse_set_signal_handlers(session) == 0) {
-		if (fuse_session_mount(session, argv[2]) == 0) {
+		if (fuse_session_mount(session, argv[3]) == 0) {
 			status = fuse_session_loop_mt(session, 0 /* clone_fd */) < 0;
 			fuse_session_unmount(session);
 		}

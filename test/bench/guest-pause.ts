@@ -46,7 +46,7 @@ export async function measureGuest(
     await run('qemu-img', ['create', '-q', '-f', 'qcow2', '-o', 'preallocation=metadata', image, String(disk)]);
     await run('dd', ['if=/dev/urandom', `of=${ram}`, 'bs=1M', `count=${memory / MiB}`, 'status=none']);
     const server = vdskfs(launcher, ['--guest', `guest=qmp:${socket}`]);
-    await server.serve({ qcow2: image, raw: '', size: disk }, async ({ file, directory: served }) => {
+    await server.serve({ qcow2: image, size: disk }, async ({ file, directory: served }) => {
       const qemu = start('qemu-system-x86_64', [
         ...['-name', 'bench', '-accel', 'tcg', '-machine', 'pc,memory-backend=ram', '-m', `${memory / MiB}`],
         ...['-object', `memory-backend-file,id=ram,size=${memory},mem-path=${ram},share=off`],

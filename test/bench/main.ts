@@ -138,7 +138,10 @@ async function compare(
 ): Promise<void> {
   options.say('making the images');
   const images = await makeImages(directory);
-  using held = holdInPageCache([{ path: images.qcow2 }, { path: images.raw, bytes: WRITTEN_BYTES }]);
+  using held = holdInPageCache([
+    { path: images.qcow2 },
+    { path: images.raw.path, bytes: images.raw.start + WRITTEN_BYTES },
+  ]);
   for (const path of held.failed)
     options.say(`${path} is not locked in memory: run as root, or raise the limit (ulimit -l)`);
   const servers = await availableServers(images, own, root, directory, options.say);

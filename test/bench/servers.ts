@@ -4,10 +4,17 @@ import { basename, dirname, join } from 'node:path';
 import { setTimeout as delay } from 'node:timers/promises';
 import { mounting, peakMemory, type Running, run, start, stop, unmounted } from './processes.ts';
 
+/** A raw file with the disk from byte `start` on. */
+export interface RawFile {
+  readonly path: string;
+  readonly start: number;
+}
+
 /** The files to serve: the same contents in both. */
 export interface Images {
   readonly qcow2: string;
-  readonly raw: string;
+  /** For servers that know no format. */
+  readonly raw?: RawFile;
   /** Bytes of the disk. */
   readonly size: number;
 }
@@ -107,19 +114,13 @@ export function qemu(aio: 'threads' | 'io_uring'): Server {
 /** The compiled floor.c on a raw file. */
 export const floor = (program: string): Server => ({
   name: 'floor',
-  serve: (images, body) =>
-    withMountpoint(images.raw, (mountpoint) =>
-      serve(
-        {
-          command: program,
-          args: [images.raw, mountpoint],
-          mountpoint,
-          file: join(mountpoint, 'disk.raw'),
-          size: images.size,
-        },
-        body,
-      ),
-    ),
+  serve: async ({ raw, size }, body) => {
+    if (raw === undefined) throw new Error('there is no raw file for the floor to serve');
+    return withMountpoint(raw.path, (mountpoint) => {
+      const args = [raw.path, String(raw.start), mountpoint];
+      return serve({ command: program, args, mountpoint, file: join(mountpoint, 'disk.raw'), size }, body);
+    });
+  },
 });
 
 /** vdskfs with its native driver. `launcher`: bin/vdskfs; `options`: more words for mount. */

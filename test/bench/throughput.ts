@@ -4,7 +4,7 @@ import { rm } from 'node:fs/promises';
 import { join } from 'node:path';
 import { fio, inWords, type Job } from './jobs.ts';
 import { run } from './processes.ts';
-import type { Images, Server } from './servers.ts';
+import type { Images, RawFile, Server } from './servers.ts';
 import { median, table } from './statistics.ts';
 
 const MiB = 1 << 20;
@@ -18,29 +18,36 @@ export interface Rounds {
   readonly say: (line: string) => void;
 }
 
+type BothImages = Images & { readonly raw: RawFile };
+
 /** A qcow2 and a raw file of 4 GiB with the first 2 GiB written. */
-export async function makeImages(directory: string): Promise<Images> {
-  const images = { qcow2: join(directory, 'bench.qcow2'), raw: join(directory, 'bench.raw'), size: DISK_BYTES };
-  const step = 256 * MiB;
-  const writes = Array.from(
-    { length: WRITTEN_BYTES / step },
-    (_, index) => `write -q -P ${index + 1} ${index * step} ${step}`,
-  );
-  for (const [format, file] of [
-    ['qcow2', images.qcow2],
-    ['raw', images.raw],
-  ] as const) {
-    await run('qemu-img', ['create', '-q', '-f', format, file, String(DISK_BYTES)]);
-    await run('qemu-io', ['-f', format, ...writes.flatMap((command) => ['-c', command]), file]);
-  }
-  return images;
+export async function makeImages(directory: string): Promise<BothImages> {
+  const qcow2 = join(directory, 'bench.qcow2');
+  await makeWritten('qcow2', qcow2, 0);
+  // The raw file has the disk where the qcow2 file has its first data cluster.
+  const map = await run('qemu-img', ['map', '--output=json', '-f', 'qcow2', qcow2]);
+  const start = (JSON.parse(map) as { offset: number }[])[0]?.offset ?? 0;
+  const raw = { path: join(directory, 'bench.raw'), start };
+  await makeWritten('raw', raw.path, start);
+  return { qcow2, raw, size: DISK_BYTES };
 }
 
-async function freshImages(directory: string): Promise<Images> {
-  const images = { qcow2: join(directory, 'fresh.qcow2'), raw: join(directory, 'fresh.raw'), size: DISK_BYTES };
-  await run('qemu-img', ['create', '-q', '-f', 'qcow2', images.qcow2, String(DISK_BYTES)]);
-  await run('qemu-img', ['create', '-q', '-f', 'raw', images.raw, String(DISK_BYTES)]);
-  return images;
+async function makeWritten(format: 'qcow2' | 'raw', file: string, start: number): Promise<void> {
+  const step = 256 * MiB;
+  const writes = Array.from({ length: WRITTEN_BYTES / step }, (_, index) => [
+    '-c',
+    `write -q -P ${index + 1} ${start + index * step} ${step}`,
+  ]);
+  await run('qemu-img', ['create', '-q', '-f', format, file, String(start + DISK_BYTES)]);
+  await run('qemu-io', ['-f', format, ...writes.flat(), file]);
+}
+
+async function freshImages(directory: string): Promise<BothImages> {
+  const qcow2 = join(directory, 'fresh.qcow2');
+  const raw = { path: join(directory, 'fresh.raw'), start: 0 };
+  await run('qemu-img', ['create', '-q', '-f', 'qcow2', qcow2, String(DISK_BYTES)]);
+  await run('qemu-img', ['create', '-q', '-f', 'raw', raw.path, String(DISK_BYTES)]);
+  return { qcow2, raw, size: DISK_BYTES };
 }
 
 /** What was measured of one job: server name → one value a round. */
@@ -61,7 +68,7 @@ export interface Throughput {
 export async function measure(
   job: Job,
   servers: readonly Server[],
-  given: { images: Images; directory: string; core: number | undefined; footprint: Footprint },
+  given: { images: BothImages; directory: string; core: number | undefined; footprint: Footprint },
   { rounds, seconds, say }: Rounds,
 ): Promise<Throughput> {
   const samples: Samples = new Map(servers.map(({ name }) => [name, []]));
@@ -78,7 +85,7 @@ export async function measure(
           mountMs.set(server.name, [...(mountMs.get(server.name) ?? []), served.mountMs]);
         });
       } finally {
-        if (job.allocates) await Promise.all([rm(images.qcow2), rm(images.raw)]);
+        if (job.allocates) await Promise.all([rm(images.qcow2), rm(images.raw.path)]);
       }
       // The next one must not pay for this one's dirty pages.
       spawnSync('sync', ['-f', given.directory]);
