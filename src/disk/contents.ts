@@ -1,7 +1,7 @@
 /** The views of a disk's bytes, over one thread's image object. */
 import { FsError } from '../errors.ts';
 import { zeroRange } from '../qcow2/discard.ts';
-import { flush } from '../qcow2/flush.ts';
+import { flush, tidy } from '../qcow2/flush.ts';
 import type { Backing, Image } from '../qcow2/image.ts';
 import { extentAt } from '../qcow2/layer.ts';
 import type { L1Table } from '../qcow2/lookup.ts';
@@ -51,6 +51,10 @@ export class LiveContents implements Contents {
 
   flush(): void {
     if (this.#image.geometry.writable) flush(this.#image);
+  }
+
+  tidy(): void {
+    if (this.#image.geometry.writable) tidy(this.#image);
   }
 
   nextData(offset: number): number {

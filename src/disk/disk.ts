@@ -22,6 +22,8 @@ export interface Contents {
   writeZeroes(offset: number, length: number): boolean;
   /** Everything written before is durable when this returns. */
   flush(): void;
+  /** What writes have left to do; nobody waits for it. Until then they do it themselves, when there is no other way. */
+  tidy?(): void;
   /** First offset ≥ `offset` that holds data, or -1. */
   nextData(offset: number): number;
   /** First offset ≥ `offset` in a hole; `size()` if there is none. */

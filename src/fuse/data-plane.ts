@@ -15,6 +15,8 @@ export interface DataPlane {
   flush(fh: number): number;
   /** fsync(2), fdatasync(2). Returns 0 when every write that returned before is durable. */
   sync(fh: number): number;
+  /** Called after each answer: what the request has left to do and nobody waits for. Throws nothing. */
+  tidy(): void;
 }
 
 /** "Not mine, or not now": the request goes on to the control plane as it is. Far below every errno. */

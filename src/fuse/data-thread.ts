@@ -120,8 +120,11 @@ export function serveDevice(device: DeviceAccess, plane: DataPlane): void {
   const polling = new Polling(device, inputWaiter(fd));
   let served = false;
   for (;;) {
-    // What went to the main thread is on its way there: do not take its core.
-    if (served) polling.wait();
+    if (served) {
+      plane.tidy();
+      // After a request that went to the main thread not: that one needs the core.
+      polling.wait();
+    }
     const length = readRequest(fd, request);
     if (length === 0) return;
     const opcode = view.getUint32(inHeader.at.opcode, true);

@@ -6,6 +6,14 @@ import { serveDevice } from './data-thread.ts';
 
 const defer = (): number => DEFER;
 
-const plane: DataPlane = { read: defer, write: defer, seek: defer, allocate: defer, flush: defer, sync: defer };
+const plane: DataPlane = {
+  read: defer,
+  write: defer,
+  seek: defer,
+  allocate: defer,
+  flush: defer,
+  sync: defer,
+  tidy() {},
+};
 
 serveDevice(workerData.device, plane);

@@ -17,7 +17,7 @@ import { number, word } from './image.ts';
 import { lock, unlock } from './mutex.ts';
 import { changeRefcount, RefcountCursor } from './refcounts.ts';
 import type { ClusterSet } from './references.ts';
-import { unlinkedIsLong } from './unlinked.ts';
+import { unlinkedIsFull, unlinkedIsLong } from './unlinked.ts';
 
 /**
  * Everything that was written before the call is durable when it returns. Several callers share one flush.
@@ -47,6 +47,19 @@ export function flush(image: Image): void {
 /** Changed slices must not fill the cache, nor unlinked clusters their list. Outside of any operation. */
 export function relieve(image: Image): void {
   if (image.l2.unevictable() > image.l2.slots / 4 || unlinkedIsLong(image)) flush(image);
+}
+
+/**
+ * The same for those whom a client waits for: only when there is no room for more, since a flush lasts as long as the
+ * host's disk needs for everything that was written. `tidy` comes before that.
+ */
+export function relieveFull(image: Image): void {
+  if (image.l2.unevictable() > image.l2.slots / 2 || unlinkedIsFull(image)) flush(image);
+}
+
+/** What nobody waits for: flush early, unless a flush is under way. */
+export function tidy(image: Image): void {
+  if (Atomics.load(image.words, word.FLUSHING) === 0) relieve(image);
 }
 
 function isClean(image: Image): boolean {
@@ -113,7 +126,7 @@ export function flushHeld(image: Image): void {
   words[word.FLUSHING] = 0;
 }
 
-/** Neighbouring slices go out in one write. */
+/** In the order of the file. */
 function writeSlices(image: Image, offsets: readonly number[], staged: Uint8Array): void {
   const { sliceBytes } = image.geometry;
   const order = offsets.map((_, index) => index).sort((a, b) => offsets[a]! - offsets[b]!);
@@ -150,11 +163,16 @@ export interface ClusterRange {
   readonly references?: number;
 }
 
+/** Lower the refcounts; what falls to 0 goes back to the host first, and is free for everyone after that. */
+export function releaseClusters(image: Image, ranges: readonly ClusterRange[], single?: ClusterSet): void {
+  freeClusters(image, lowerCounts(image, ranges, single));
+}
+
 /**
- * Lower the refcounts; what falls to 0 goes back to the host first, and is free for everyone after that.
+ * Lower the refcounts, but for those that would fall to 0: they are returned, with a count of 1, for `freeClusters`.
  * @param single collects the clusters whose refcount came to be exactly 1
  */
-export function releaseClusters(image: Image, ranges: readonly ClusterRange[], single?: ClusterSet): void {
+export function lowerCounts(image: Image, ranges: readonly ClusterRange[], single?: ClusterSet): ClusterRange[] {
   const freed: { first: number; count: number }[] = [];
   image.lock();
   try {
@@ -178,6 +196,11 @@ export function releaseClusters(image: Image, ranges: readonly ClusterRange[], s
   } finally {
     image.unlock();
   }
+  return freed;
+}
+
+/** The last reference to these is gone. Each run may cost the host a fraction of a millisecond. */
+export function freeClusters(image: Image, freed: readonly ClusterRange[]): void {
   // Nobody else can touch these: not referenced, not free.
   punchFreed(image, freed);
   image.lock();

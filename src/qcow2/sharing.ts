@@ -14,7 +14,7 @@
  */
 import { setImmediate as giveWay } from 'node:timers/promises';
 import { attempt } from './barrier.ts';
-import { type ClusterRange, releaseClusters, relieve } from './flush.ts';
+import { type ClusterRange, freeClusters, lowerCounts, releaseClusters, relieve } from './flush.ts';
 import type { Image } from './image.ts';
 import { number } from './image.ts';
 import { COPIED, compressedBytes, compressedOffset, isCompressed, isCopied } from './l2-entry.ts';
@@ -28,6 +28,9 @@ const MIN_TABLES = 16;
 
 /** Tables looked through between two pauses. */
 const TABLES_AT_ONCE = 16;
+
+/** Runs of clusters freed between two pauses: the host punches a hole for each. */
+const RUNS_AT_ONCE = 32;
 
 /**
  * Whether the live mapping can be shared table by table. Version 2 has no dirty bit that others respect. Counts of 16
@@ -203,7 +206,11 @@ export async function dropTables(
     const host = l2TableAt(image, mapping, index);
     if (host === 0) continue;
     const clusters = clustersOf(image, readTable(image, host));
-    releaseClusters(image, rangesOf([...clusters, host / image.geometry.clusterBytes]), single);
+    const freed = lowerCounts(image, rangesOf([...clusters, host / image.geometry.clusterBytes]), single);
+    for (let at = 0; at < freed.length; at += RUNS_AT_ONCE) {
+      freeClusters(image, freed.slice(at, at + RUNS_AT_ONCE));
+      await giveWay();
+    }
     progress(index / mapping.entries);
     await giveWay();
   }

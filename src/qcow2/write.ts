@@ -6,7 +6,7 @@ import { FsError } from '../errors.ts';
 import { allocate, giveBack, touchFresh } from './allocator.ts';
 import { countsTooHigh } from './barrier.ts';
 import { beforeData, beforeMetadata } from './first-write.ts';
-import { relieve } from './flush.ts';
+import { relieveFull } from './flush.ts';
 import { enterWrite, leaveWrite } from './gate.ts';
 import type { Image } from './image.ts';
 import { UNLINKED_CAPACITY, word } from './image.ts';
@@ -49,7 +49,7 @@ export function writeRange(image: Image, source: Uint8Array, at: number, length:
     } finally {
       endWrite(image, from, to);
     }
-    relieve(image);
+    relieveFull(image);
     from = to;
   }
   return true;
@@ -82,7 +82,7 @@ export function asWriter(image: Image, guest: number, end: number, action: () =>
   } finally {
     endWrite(image, guest, end);
   }
-  relieve(image);
+  relieveFull(image);
   return true;
 }
 

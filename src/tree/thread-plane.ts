@@ -39,6 +39,8 @@ export class ThreadPlane implements DataPlane {
   readonly #busy: Int32Array;
   /** The table's generation when the port was last drained. */
   #drained: number;
+  /** Where the request that was answered last has changed something. */
+  #changed: Contents | undefined;
 
   constructor(data: PlaneData, attach: (shared: SharedContents) => Contents) {
     this.#table = new SlotTable(data.table);
@@ -69,6 +71,7 @@ export class ThreadPlane implements DataPlane {
         ? writeGrowing(contents, offset, size, request, at)
         : writeRange(contents, this.#table.base(fh), this.#table.length(fh), offset, size, request, at);
       if (count === GATE_CLOSED) return DEFER;
+      this.#changed = contents;
       if (sync) contents.flush();
       return count;
     } catch (error) {
@@ -96,7 +99,9 @@ export class ThreadPlane implements DataPlane {
       const contents = this.#enter(fh);
       if (contents === undefined || !this.#writable(fh) || this.#grows(fh)) return DEFER;
       const done = allocateRange(contents, this.#table.base(fh), this.#table.length(fh), offset, length, mode);
-      return done === GATE_CLOSED ? DEFER : done;
+      if (done === GATE_CLOSED) return DEFER;
+      this.#changed = contents;
+      return done;
     } catch (error) {
       return this.#failed(fh, error);
     } finally {
@@ -121,6 +126,22 @@ export class ThreadPlane implements DataPlane {
       return 0;
     } catch (error) {
       return this.#failed(fh, error);
+    } finally {
+      this.#leave();
+    }
+  }
+
+  tidy(): void {
+    const contents = this.#changed;
+    if (contents === undefined) return;
+    this.#changed = undefined;
+    Atomics.add(this.#busy, 0, 1);
+    try {
+      // The slot may be another file's by now. Where the main thread has something new to tell, the next write tidies up.
+      if (this.#table.generation() === this.#drained) contents.tidy?.();
+    } catch (error) {
+      // The next request meets the same failure, and tells of it.
+      log('tidying up after a write: %o', error);
     } finally {
       this.#leave();
     }

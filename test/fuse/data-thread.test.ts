@@ -38,6 +38,7 @@ function recorder(overrides: Partial<DataPlane> = {}): { plane: DataPlane; calls
       calls.push(`sync ${fh}`);
       return 0;
     },
+    tidy() {},
     ...overrides,
   };
   return { plane, calls };
@@ -64,6 +65,28 @@ function serve(plane: DataPlane, ...requests: readonly Uint8Array[]) {
 }
 
 describe('a data thread', () => {
+  it('has the plane tidy up behind each answer, not behind what it passed on', () => {
+    const events: string[] = [];
+    const { plane } = recorder({
+      read: () => {
+        events.push('read');
+        return 0;
+      },
+      write: () => {
+        events.push('write');
+        return DEFER;
+      },
+      tidy: () => events.push('tidy'),
+    });
+    serve(
+      plane,
+      request(opcode.READ, {}, readArgument(3, 0, 4096)),
+      request(opcode.WRITE, {}, writeArgument(3, 0, 0)),
+      request(opcode.READ, {}, readArgument(3, 0, 4096)),
+    );
+    expect(events).toEqual(['read', 'tidy', 'write', 'read', 'tidy']);
+  });
+
   it('READ: answers with the bytes that the plane put behind the header', () => {
     const { plane, calls } = recorder();
     const [reply] = serve(

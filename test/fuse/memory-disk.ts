@@ -90,6 +90,7 @@ export function memoryPlane(disk: MemoryDisk, deferring: boolean): DataPlane {
       Atomics.add(counters, counter.SYNCS, 1);
       return 0;
     },
+    tidy() {},
   };
 }
 

@@ -27,11 +27,11 @@ export function formatted(options: FormatOptions, punches = true): MemoryStorage
   return storage;
 }
 
-/** Open for writing, with the smallest caches, so that slices come and go. */
-export function openSession(storage: Storage, data: Storage = storage, backing?: Backing): Session {
+/** Open for writing; with the smallest caches, if nothing else is said, so that slices come and go. */
+export function openSession(storage: Storage, data: Storage = storage, backing?: Backing, cacheBytes = 0): Session {
   const header = readHeader(storage);
   const snapshots = readSnapshotTable(storage, header);
-  const { image } = openImage({ file: storage, data, backing, header, snapshots, writable: true, cacheBytes: 0 });
+  const { image } = openImage({ file: storage, data, backing, header, snapshots, writable: true, cacheBytes });
   return { storage, image, list: snapshotList(header, snapshots) };
 }
 

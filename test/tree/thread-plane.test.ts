@@ -132,6 +132,25 @@ describe('a data thread', () => {
     expect(thread.seek(slot, 8192, 3)).toBe(-errnoNumber('ENXIO'));
   });
 
+  it('tidies up once after a change, and not where the layers of the disk may have changed since', () => {
+    const { threads, opening } = fixture();
+    const { shared } = opening.acquire();
+    const slot = threads.takeSlot({ contentsId: shared.id, base: 0, length: 8192, writable: true }) as number;
+    let tidied = 0;
+    const contents = { ...attachFake(shared), size: () => 8192, write: () => true, tidy: () => tidied++ };
+    const thread = new ThreadPlane(threads.attach().plane, () => contents as never);
+    thread.tidy();
+    expect(tidied).toBe(0);
+    thread.write(slot, 0, 1, bytes('x'), 0, false);
+    thread.tidy();
+    thread.tidy();
+    expect(tidied).toBe(1);
+    thread.write(slot, 0, 1, bytes('x'), 0, false);
+    threads.publish({ shared: { id: shared.id + 1 } }, () => {});
+    thread.tidy();
+    expect(tidied).toBe(1);
+  });
+
   it('forgets contents that were closed: an old slot number shows what it was given to anew', () => {
     const { plane, slotOf, threads, opening, disk } = fixture();
     const thread = plane();
