@@ -29,6 +29,9 @@ const MIN_TABLES = 16;
 /** Tables looked through between two pauses. */
 const TABLES_AT_ONCE = 16;
 
+/** Slices of a table changed between two looks at the cache: one of 64 KiB has no more. */
+const SLICES_AT_ONCE = 16;
+
 /** Runs of clusters freed between two pauses: the host punches a hole for each. */
 const RUNS_AT_ONCE = 32;
 
@@ -188,8 +191,7 @@ export async function dropMapping(
   await dropTables(image, mapping, single, (part) => progress((part * mapping.entries) / steps));
   if (l1Clusters.count > 0) releaseClusters(image, [l1Clusters], single);
   for (let index = 0; index < entries; index++) {
-    if (ownTable(image, index, single)) relieve(image);
-    else continue;
+    if (!ownTable(image, index, single)) continue;
     progress((mapping.entries + index) / steps);
     await giveWay();
   }
@@ -222,6 +224,22 @@ export async function dropTables(
  * @returns false if there is nothing to do at this entry
  */
 function ownTable(image: Image, l1Index: number, single: ClusterSet): boolean {
+  const { clusterBytes, sliceBytes } = image.geometry;
+  for (let from = 0; from < clusterBytes; from += SLICES_AT_ONCE * sliceBytes) {
+    const to = Math.min(clusterBytes, from + SLICES_AT_ONCE * sliceBytes);
+    if (!ownSlices(image, l1Index, { from, to }, single)) return false;
+    relieve(image);
+  }
+  return true;
+}
+
+/** The same for the bytes [from, to) of the table. */
+function ownSlices(
+  image: Image,
+  l1Index: number,
+  { from, to }: { readonly from: number; readonly to: number },
+  single: ClusterSet,
+): boolean {
   const { clusterBytes, clusterBits, l2EntryBytes, sliceBytes } = image.geometry;
   const highUnit = highUnitOf(clusterBits);
   const { l1, l2 } = image;
@@ -236,7 +254,7 @@ function ownTable(image: Image, l1Index: number, single: ClusterSet): boolean {
       image.markL1Dirty(l1Index);
     }
     const counts = new RefcountCursor(image);
-    for (let start = 0; start < clusterBytes; start += sliceBytes) {
+    for (let start = from; start < to; start += sliceBytes) {
       const position = l2.load(host + start);
       let changed = false;
       for (let at = position; at < position + sliceBytes; at += l2EntryBytes) {

@@ -1,9 +1,14 @@
+import { execFileSync } from 'node:child_process';
+import { mkdtempSync, rmSync } from 'node:fs';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
 import { describe, expect, it } from 'vitest';
 import { zeroRange } from '../../src/qcow2/discard.ts';
 import { readRange } from '../../src/qcow2/read.ts';
 import { deleteSnapshot, readSnapshotL1 } from '../../src/qcow2/snapshots.ts';
 import { takeSnapshot } from '../../src/qcow2/take-snapshot.ts';
 import { writeRange } from '../../src/qcow2/write.ts';
+import { HostFile } from '../../src/storage/host-file.ts';
 import type { MemoryStorage } from '../storage/memory-storage.ts';
 import { closeSession, formatted, openSession, qemuCheck, type Session } from './model.ts';
 
@@ -86,5 +91,26 @@ describe('a mapping shared table by table', () => {
     readRange(session.image, undefined, got, 0, 1, 0);
     expect(got[0]).toBe(7);
     closeSession(session);
+  });
+});
+
+describe('deleting a snapshot', () => {
+  it('gives back tables that have more slices than the cache', async () => {
+    const folder = mkdtempSync(join(tmpdir(), 'vdskfs-sharing-'));
+    try {
+      const path = join(folder, 'disk.qcow2');
+      const options = ['-q', '-f', 'qcow2', '-o', 'preallocation=metadata,cluster_size=512k'];
+      execFileSync('qemu-img', ['create', ...options, path, '32G']);
+      using file = HostFile.open(path, { readOnly: false });
+      const session = openSession(file);
+      expect(512 * 1024).toBeGreaterThan(session.image.l2.slots * session.image.l2.sliceBytes);
+      const { image, list } = session;
+      const entry = await takeSnapshot(image, list, { name: 's', timeMs: 0 }, () => {});
+      await deleteSnapshot(image, list, entry, () => {});
+      closeSession(session);
+      execFileSync('qemu-img', ['check', '-q', path], { stdio: 'pipe' });
+    } finally {
+      rmSync(folder, { recursive: true, force: true });
+    }
   });
 });
