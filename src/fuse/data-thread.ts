@@ -29,6 +29,9 @@ const WRITE_DATA = BODY + writeIn.bytes;
 /** Where the data of a READ starts in its reply. */
 const READ_DATA = outHeader.bytes;
 
+/** Requests up to this size are followed by others soon enough for polling. */
+const POLLED_BYTES = 65_536;
+
 const EIO = errnoNumber('EIO');
 const EINVAL = errnoNumber('EINVAL');
 
@@ -63,16 +66,21 @@ export function serveDevice(device: DeviceAccess, plane: DataPlane): void {
     replyView.setUint32(READ_DATA + 4, Math.floor(value / 2 ** 32), true);
   };
 
+  /** Data bytes of the request served last. */
+  let moved = 0;
+
   /** @returns false if the request is the main thread's */
   const serve = (opcode: number, length: number): boolean => {
     const fh = view.getUint32(FH, true);
     if (fh >= DATA_HANDLES || view.getUint32(FH + 4, true) !== 0) return false;
+    moved = 0;
     let result: number;
     let bodyBytes = 0;
     switch (opcode) {
       case READ.opcode: {
         const size = view.getUint32(BODY + readIn.at.size, true);
         if (size > requestBytes) return false;
+        moved = size;
         result = plane.read(fh, number64(BODY + readIn.at.offset), size, reply, READ_DATA);
         bodyBytes = result;
         break;
@@ -83,6 +91,7 @@ export function serveDevice(device: DeviceAccess, plane: DataPlane): void {
           result = -EINVAL;
           break;
         }
+        moved = size;
         const sync = (view.getUint32(BODY + writeIn.at.flags, true) & SYNC_FLAGS) !== 0;
         result = plane.write(fh, number64(BODY + writeIn.at.offset), size, request, WRITE_DATA, sync);
         if (result >= 0) putNumber64(result);
@@ -122,8 +131,9 @@ export function serveDevice(device: DeviceAccess, plane: DataPlane): void {
   for (;;) {
     if (served) {
       plane.tidy();
-      // After a request that went to the main thread not: that one needs the core.
-      polling.wait();
+      // After a request that went to the main thread not: that one needs the core. After a large one it costs more than
+      // it saves: 1 MiB reads 4.4 GB/s without, 4.05 GB/s with it.
+      if (moved <= POLLED_BYTES) polling.wait();
     }
     const length = readRequest(fd, request);
     if (length === 0) return;
