@@ -9,7 +9,7 @@ import { dirname, resolve } from 'node:path';
 import { FsError } from '../errors.ts';
 import { differences } from '../qcow2/difference.ts';
 import { keepHidden } from '../qcow2/discard.ts';
-import { flush, relieve } from '../qcow2/flush.ts';
+import { flush } from '../qcow2/flush.ts';
 import { writeBacking } from '../qcow2/header-update.ts';
 import type { Backing, Image } from '../qcow2/image.ts';
 import { closeImage } from '../qcow2/open-image.ts';
@@ -156,7 +156,6 @@ function fillRange(image: Image, base: Backing | undefined, before: Uint8Array, 
   const written = asWriter(image, from, to, () => {
     fillIn(image, base, buffer, from, to);
   });
-  relieve(image);
   if (!written) throw new FsError('EBUSY', `${image.file.path} is being changed by another operation`);
 }
 

@@ -1,12 +1,21 @@
 /** Making guest bytes read as zeros, by the tables where whole clusters are covered. */
 import { beforeMetadata } from './first-write.ts';
-import { relieve } from './flush.ts';
+import { relieve, relieveFull } from './flush.ts';
 import type { Image } from './image.ts';
 import { word } from './image.ts';
 import { ALL_ZEROES, hostOf, isCompressed, isCopied } from './l2-entry.ts';
 import { countData, emptyEntry, ensureOwnL2, type L2Entry, readEntry, writeEntry } from './l2-update.ts';
 import { l2TableAt } from './lookup.ts';
-import { asWriter, beforeOthers, holdsData, readsAsZeros, stepEnd, unlinkEntry, writePieces } from './write.ts';
+import {
+  beforeOthers,
+  beginWrite,
+  endWrite,
+  holdsData,
+  readsAsZeros,
+  stepEnd,
+  unlinkEntry,
+  writePieces,
+} from './write.ts';
 
 /** Explicit zeros are written from here. */
 const ZEROS = new Uint8Array(64 * 1024);
@@ -23,7 +32,13 @@ export function zeroRange(image: Image, guest: number, length: number, mode: Zer
   let position = guest;
   while (position < end) {
     const next = Math.min(end, stepEnd(image, position));
-    if (!asWriter(image, position, next, () => zeroPieces(image, position, next, mode))) return false;
+    if (!beginWrite(image)) return false;
+    try {
+      zeroPieces(image, position, next, mode);
+    } finally {
+      endWrite(image, position, next);
+    }
+    relieveFull(image);
     position = Math.max(next, skipUnmapped(image, next, end));
   }
   return true;

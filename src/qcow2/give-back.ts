@@ -12,35 +12,9 @@ interface ClusterRange {
   readonly count: number;
 }
 
-/**
- * Punch holes, but not where one is already: a hole costs ext4 a quarter of a millisecond, and to find none a
- * hundredth of that. Where the host file system cannot, the clusters stay allocated there and are reused later.
- */
+/** Punch holes. Where the host file system cannot, the clusters stay allocated there and are reused later. */
 export function punchFreed(image: Image, freed: readonly ClusterRange[]): void {
-  const { clusterBytes } = image.geometry;
-  // [looked, data) is a hole.
-  let looked = 0;
-  let data = 0;
-  for (const { first, count } of freed) {
-    const start = first * clusterBytes;
-    const end = start + count * clusterBytes;
-    if (start < looked || end > data) {
-      looked = start;
-      data = nextData(image, start);
-    }
-    if (data < end && !punch(image, first, count)) return;
-  }
-}
-
-/** Infinity where no data follows; `position` itself where the host does not tell. */
-function nextData(image: Image, position: number): number {
-  try {
-    const found = image.file.nextData(position);
-    return found < 0 ? Number.POSITIVE_INFINITY : found;
-  } catch (error) {
-    if (error instanceof FsError) return position;
-    throw error;
-  }
+  for (const { first, count } of freed) if (!punch(image, first, count)) return;
 }
 
 /**

@@ -15,7 +15,6 @@
 
 import { keepHidden } from './discard.ts';
 import { beforeMetadata } from './first-write.ts';
-import { relieve } from './flush.ts';
 import { type Backing, type Image, word } from './image.ts';
 import { ALL_ZEROES, kind, kindOf, subclusterKind } from './l2-entry.ts';
 import { emptyEntry, ensureOwnL2, readEntry, writeEntry } from './l2-update.ts';
@@ -54,7 +53,6 @@ export function* pullUp(upper: Image, between: readonly OwnLayer[], base: Backin
           : asWriter(upper, position, next, () => {
               moved += fillIn(upper, base, buffer, position, next);
             });
-      relieve(upper);
       // Closed gate: again when it is open.
       if (done) position = next;
       yield position / size;

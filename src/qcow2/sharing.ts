@@ -210,8 +210,8 @@ export async function dropTables(
     const clusters = clustersOf(image, readTable(image, host));
     const freed = lowerCounts(image, rangesOf([...clusters, host / image.geometry.clusterBytes]), single);
     for (let at = 0; at < freed.length; at += RUNS_AT_ONCE) {
+      if (at > 0) await giveWay();
       freeClusters(image, freed.slice(at, at + RUNS_AT_ONCE));
-      await giveWay();
     }
     progress(index / mapping.entries);
     await giveWay();

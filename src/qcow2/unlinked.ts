@@ -7,8 +7,8 @@ import type { Image } from './image.ts';
 import { UNLINKED_CAPACITY, word } from './image.ts';
 
 /**
- * Worth a flush. With copies of clusters of 64 KiB, one for each range, the host's disk has 128 MiB to take by then: some
- * tenths of a second.
+ * Worth a flush. With copies of clusters of 64 KiB, one for each range, the host's disk has 128 MiB to take by then, which
+ * was measured as a tenth of a second.
  */
 export const unlinkedIsLong = (image: Image): boolean =>
   (image.words[word.UNLINKED_COUNT] as number) > UNLINKED_CAPACITY / 8;

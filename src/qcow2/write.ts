@@ -6,7 +6,7 @@ import { FsError } from '../errors.ts';
 import { allocate, giveBack, touchFresh } from './allocator.ts';
 import { countsTooHigh } from './barrier.ts';
 import { beforeData, beforeMetadata } from './first-write.ts';
-import { relieveFull } from './flush.ts';
+import { relieve, relieveFull } from './flush.ts';
 import { enterWrite, leaveWrite } from './gate.ts';
 import type { Image } from './image.ts';
 import { UNLINKED_CAPACITY, word } from './image.ts';
@@ -71,8 +71,8 @@ export function stepEnd(image: Image, guest: number): number {
 }
 
 /**
- * Run `action`, which changes guest bytes of [guest, end), as one of the image's writers; afterwards flush if too much has
- * gathered in memory.
+ * Run `action`, which changes guest bytes of [guest, end), as one of the image's writers; afterwards flush if much has
+ * gathered in memory. For work that no client waits for.
  * @returns false when the gate is closed
  */
 export function asWriter(image: Image, guest: number, end: number, action: () => void): boolean {
@@ -82,7 +82,7 @@ export function asWriter(image: Image, guest: number, end: number, action: () =>
   } finally {
     endWrite(image, guest, end);
   }
-  relieveFull(image);
+  relieve(image);
   return true;
 }
 
@@ -91,7 +91,7 @@ export function asWriter(image: Image, guest: number, end: number, action: () =>
  * allocates nothing.
  * @returns false when the gate is closed
  */
-function beginWrite(image: Image): boolean {
+export function beginWrite(image: Image): boolean {
   image.checkUsable();
   if (!enterWrite(image)) return false;
   image.enter();
@@ -105,7 +105,7 @@ function beginWrite(image: Image): boolean {
 }
 
 /** The change of [guest, end) has ended, well or not. */
-function endWrite(image: Image, guest: number, end: number): void {
+export function endWrite(image: Image, guest: number, end: number): void {
   noteWritten(image, guest, end);
   // Writers do not nest: what `beginWrite` entered was the outermost operation.
   image.leave(true);

@@ -39,8 +39,8 @@ const HELP = `npm run bench -- [options]
   --quick          one round of a second each, the smaller checkpoints and guests only: to see that it works
   --dir DIR        where the images are made (default: the system's temporary folder); needs 12 GiB
 
-The images are locked in the page cache, I/O is direct, one server runs at a time and they take turns; the first second
-of a turn does not count, but where it allocates. vdskfs opens live files with FOPEN_DIRECT_IO and
+The images that fio reads and writes are locked in the page cache, I/O is direct, one server runs at a time and they take
+turns; the first second of a turn does not count, but where it allocates. vdskfs opens live files with FOPEN_DIRECT_IO and
 FOPEN_PARALLEL_DIRECT_WRITES, and so does the floor (floor.c); QEMU chooses its own.
 
 example: npm run bench -- --only randread,randread8 --rounds 5
