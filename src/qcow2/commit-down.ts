@@ -20,15 +20,13 @@
 import type { CommitTarget } from './commit-target.ts';
 import { keepHidden } from './discard.ts';
 import type { Image } from './image.ts';
-import { imageLayer, ownExtents } from './own-extents.ts';
+import { imageLayer, joinZeros, ownExtents } from './own-extents.ts';
 import { readRange } from './read.ts';
 import type { Steps } from './steps.ts';
 import { noteWritten, takeWritten } from './written-map.ts';
 
 /** Data that one step moves at most. */
 const COPY_BYTES = 2 * 2 ** 20;
-/** Zeros that one step passes on at most: they may have to be written. */
-const ZERO_BYTES = 16 * 2 ** 20;
 /** Extents that one step looks at, at most. */
 const STEP_EXTENTS = 256;
 
@@ -87,7 +85,7 @@ function* commitRange(upper: Image, lower: CommitTarget, from: number, to: numbe
     start = end;
   };
   let looked = 0;
-  for (const extent of ownExtents(imageLayer(upper), from, to - from)) {
+  for (const extent of joinZeros(ownExtents(imageLayer(upper), from, to - from))) {
     const extentEnd = extent.offset + extent.length;
     const isData = extent.kind === 'data' || extent.kind === 'compressed';
     if (isData) {
@@ -102,10 +100,8 @@ function* commitRange(upper: Image, lower: CommitTarget, from: number, to: numbe
         yield fraction(end);
       }
     } else if (extent.kind === 'zero') {
-      for (let position = extent.offset; position < extentEnd; position += ZERO_BYTES) {
-        lower.zero(position, Math.min(ZERO_BYTES, extentEnd - position));
-        yield fraction(position);
-      }
+      lower.zero(extent.offset, extent.length);
+      yield fraction(extentEnd);
     }
     if (++looked % STEP_EXTENTS === 0) yield fraction(extentEnd);
   }

@@ -3,9 +3,10 @@ import type { Backing, Image } from './image.ts';
 import { hostOf, isCompressed, isCopied } from './l2-entry.ts';
 import { emptyEntry, readEntry } from './l2-update.ts';
 import { l2TableAt } from './lookup.ts';
-import { imageLayer, type OwnLayer, ownExtents } from './own-extents.ts';
+import { imageLayer, joinZeros, type OwnLayer, ownExtents } from './own-extents.ts';
 import { missing } from './pull-up.ts';
 import type { Steps } from './steps.ts';
+import { readsAsZeros } from './write.ts';
 
 export interface MoveCost {
   /** Guest bytes that would be read and written. */
@@ -23,10 +24,12 @@ export function* commitCost(upper: Image, lower: Image | { readonly raw: OwnLaye
   const room = 'raw' in lower ? new RawRoom(lower.raw) : new ImageRoom(lower);
   let moved = 0;
   let looked = 0;
-  for (const { offset, length, kind } of ownExtents(imageLayer(upper), 0, size)) {
+  for (const { offset, length, kind } of joinZeros(ownExtents(imageLayer(upper), 0, size))) {
     if (kind === 'data' || kind === 'compressed') {
       moved += length;
       room.take(offset, length);
+    } else if (kind === 'zero') {
+      room.zero(offset, length);
     }
     if (++looked % STEP_RUNS === 0) yield offset / size;
   }
@@ -84,16 +87,38 @@ class ImageRoom {
     this.#counted = Math.max(this.#counted, end);
   }
 
-  /** Guest bytes whose entries change. */
-  map(offset: number, length: number): void {
+  /** Guest bytes that are to read as zeros: only clusters of which they are a part need data. */
+  zero(offset: number, length: number): void {
+    const { version, clusterBytes } = this.#image.geometry;
+    const isOverBacking = this.#image.backing !== undefined;
+    const end = offset + length;
+    const firstWhole = Math.min(end, Math.ceil(offset / clusterBytes) * clusterBytes);
+    // Version 2 has no zeros over a backing file but written ones.
+    const noneWhole = version < 3 && isOverBacking;
+    const lastWhole = noneWhole ? firstWhole : Math.max(firstWhole, end - (end % clusterBytes));
+    this.#writeZeros(offset, firstWhole);
+    if (firstWhole < lastWhole) this.map(firstWhole, lastWhole - firstWhole, isOverBacking);
+    this.#writeZeros(lastWhole, end);
+  }
+
+  #writeZeros(from: number, to: number): void {
+    if (from < to && !readsAsZeros(this.#image, from, to - from)) this.take(from, to - from);
+  }
+
+  /**
+   * Guest bytes whose entries change.
+   * @param missingToo also where there is no table yet
+   */
+  map(offset: number, length: number, missingToo = true): void {
     const { l2SpanBytes } = this.#image.geometry;
     const last = Math.floor((offset + length - 1) / l2SpanBytes);
     this.#image.lock();
     try {
       for (let index = Math.max(this.#lastTable + 1, Math.floor(offset / l2SpanBytes)); index <= last; index++) {
-        this.#lastTable = index;
         const has = l2TableAt(this.#image, undefined, index) !== 0;
-        if (!has || !isCopied(this.#image.l1.getUint32(index * 8))) this.#tables++;
+        if (has ? isCopied(this.#image.l1.getUint32(index * 8)) : !missingToo) continue;
+        this.#lastTable = index;
+        this.#tables++;
       }
     } finally {
       this.#image.unlock();
@@ -122,6 +147,9 @@ class RawRoom {
     for (const extent of ownExtents(this.#file, offset, inside))
       if (extent.kind === 'zero') this.#bytes += extent.length;
   }
+
+  /** Holes, as far as the host can make them; what is one stays one. */
+  zero(): void {}
 
   bytes(): number {
     return this.#bytes;

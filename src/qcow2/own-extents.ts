@@ -72,6 +72,39 @@ export function* ownExtents(layer: OwnLayer, offset: number, length: number): Ge
   }
 }
 
+/** Zeros that are told of at once, at most: they may have to be written. A multiple of every cluster size. */
+const ZERO_RUN_BYTES = 16 * 2 ** 20;
+
+/**
+ * The same extents with neighbouring zeros in one, cut at each multiple of `ZERO_RUN_BYTES`. What small clusters say piece
+ * by piece may be whole clusters of another image, which need no data then.
+ */
+export function* joinZeros(extents: Iterable<OwnExtent>): Generator<OwnExtent, void> {
+  /** Zeros that were told of and not passed on. */
+  let start = 0;
+  let end = 0;
+  const zeros = (until: number): OwnExtent => {
+    return { offset: start, length: until - start, kind: 'zero', host: 0, hostBytes: 0 };
+  };
+  for (const extent of extents) {
+    if (extent.kind !== 'zero') {
+      if (start < end) yield zeros(end);
+      start = end;
+      yield extent;
+      continue;
+    }
+    if (start === end) start = extent.offset;
+    end = extent.offset + extent.length;
+    for (let cut = nextCut(start); cut <= end; cut = nextCut(start)) {
+      yield zeros(cut);
+      start = cut;
+    }
+  }
+  if (start < end) yield zeros(end);
+}
+
+const nextCut = (offset: number): number => (Math.floor(offset / ZERO_RUN_BYTES) + 1) * ZERO_RUN_BYTES;
+
 function imageExtent(image: Image, table: L1Table | undefined, offset: number, length: number): OwnExtent {
   const { extent } = image;
   const { clusterBits } = image.geometry;

@@ -7,6 +7,7 @@ import { flush } from '../../src/qcow2/flush.ts';
 import { readHeader } from '../../src/qcow2/header.ts';
 import type { Image } from '../../src/qcow2/image.ts';
 import { commitCost } from '../../src/qcow2/move-cost.ts';
+import { imageLayer, joinZeros, ownExtents } from '../../src/qcow2/own-extents.ts';
 import { atOnce, inSteps } from '../../src/qcow2/steps.ts';
 import { trackWrites, writtenBytes } from '../../src/qcow2/written-map.ts';
 import { crashImages, Recorder } from '../storage/recorder.ts';
@@ -79,6 +80,29 @@ describe('commit', () => {
       );
     },
   );
+
+  it('says zeros of small clusters as such in a large one, which then needs no data', async () => {
+    const KIB = 1024;
+    const all = { at: 0, length: 1, byte: 7 };
+    const files = buildChain([
+      { format: { raw: 512 * KIB }, changes: [{ ...all, do: 'write' }] },
+      { format: { size: 512 * KIB, clusterBytes: 64 * KIB }, changes: [] },
+      { format: { size: 512 * KIB, clusterBytes: 512 }, changes: [{ ...all, do: 'zero' }] },
+    ]);
+    const opened = openChain(files);
+    const [lower, upper] = opened.slice(-2).map(({ image }) => image) as [Image, Image];
+    // No more than the L2 table, and a refcount block, as there might be none for it.
+    expect(atOnce(commitCost(upper, lower))).toEqual({ moved: 0, allocated: 2 * 64 * KIB });
+    const target = imageTarget(lower);
+    await prepareCommit(upper, target);
+    atOnce(commitAll(upper, target));
+    await finishCommit(upper, target, { shrink: false });
+    expect([...joinZeros(ownExtents(imageLayer(lower), 0, 512 * KIB))]).toEqual([
+      { offset: 0, length: 512 * KIB, kind: 'zero', host: 0, hostBytes: 0 },
+    ]);
+    closeChain(opened);
+    expectLower(files.slice(0, -1), (files.at(-1) as File).content);
+  });
 
   it.each(chainFormats)('in rounds, while the upper image is written: $name', async ({ formats }) => {
     await fc.assert(

@@ -90,8 +90,11 @@ export function resolve(step: Step, state: State, index: number): Action | undef
       return name === undefined ? undefined : { do: step.do, name };
     case 'grow':
       return { do: 'grow', size: size + 512 * (1 + (step.seed % 200)) };
-    case 'shrink':
-      return { do: 'shrink', size: Math.max(512, size - 512 * (1 + (step.seed % 100))) };
+    case 'shrink': {
+      // To a smaller size only: a call that leaves the size alone makes nothing durable.
+      const smaller = Math.max(512, size - 512 * (1 + (step.seed % 100)));
+      return smaller < size ? { do: 'shrink', size: smaller } : undefined;
+    }
   }
 }
 
@@ -135,7 +138,7 @@ export async function perform({ image, list }: Session, action: Action): Promise
     case 'grow':
       return growDisk(image, action.size);
     case 'shrink':
-      if (action.size < image.virtualSize()) await shrinkDisk(image, action.size);
+      await shrinkDisk(image, action.size);
       return;
   }
 }
