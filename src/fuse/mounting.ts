@@ -107,6 +107,13 @@ async function mountBy(command: Command, mountpoint: string): Promise<void> {
 }
 
 /**
+ * How long a mount may be busy without anybody who holds it: a process that ends closes its files late, and whoever looks
+ * at another's open files, or starts a program, holds them for a moment.
+ */
+const UNEXPLAINED_MS = 1000;
+const RETRY_MS = 20;
+
+/**
  * Unmount. No failure if somebody was faster, perhaps with `umount -l`: the path is then free already.
  * @throws FsError EBUSY while files are open in it, with who holds them as far as that can be found out
  */
@@ -115,10 +122,17 @@ export async function unmountDevice(way: Way, mountpoint: string): Promise<void>
   // Never what lies below: the directory may be the root of another file system.
   if (!(await mountAt(path))?.type.includes('fuse')) return;
   const command = unmountCommand(way, path, false);
-  const { status, complaint } = await run(command, `cannot unmount '${mountpoint}'`);
-  if (status === 0 || /not mounted|not found/i.test(complaint)) return;
-  if (/busy/i.test(complaint)) throw await busy(mountpoint, path);
-  throw new FsError('EIO', `cannot unmount '${mountpoint}': ${said(command, status, complaint)}`);
+  for (const deadline = Date.now() + UNEXPLAINED_MS; ; await sleep(RETRY_MS)) {
+    const { status, complaint } = await run(command, `cannot unmount '${mountpoint}'`);
+    if (status === 0 || /not mounted|not found/i.test(complaint)) return;
+    if (!/busy/i.test(complaint)) {
+      throw new FsError('EIO', `cannot unmount '${mountpoint}': ${said(command, status, complaint)}`);
+    }
+    const users = await usersOf(path);
+    if (users === '' && Date.now() < deadline) continue;
+    const who = users === '' ? 'files in it are open' : `files in it are open, held by ${users}`;
+    throw new FsError('EBUSY', `cannot unmount '${mountpoint}': ${who}; close them and try again`);
+  }
 }
 
 /**
@@ -144,12 +158,6 @@ async function settles(promise: Promise<void>, withinMs: number): Promise<boolea
   const settled = await Promise.race([promise.then(() => true), late]);
   cancel.abort();
   return settled;
-}
-
-async function busy(mountpoint: string, path: string): Promise<FsError> {
-  const users = await usersOf(path);
-  const who = users === '' ? 'files in it are open' : `files in it are open, held by ${users}`;
-  return new FsError('EBUSY', `cannot unmount '${mountpoint}': ${who}; close them and try again`);
 }
 
 /** Take the mount out of the tree at once, whatever is open in it. For one that nobody serves any more. */

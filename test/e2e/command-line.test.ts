@@ -409,6 +409,24 @@ describe('the end of a mount', () => {
   );
 
   it(
+    'is not refused for what is open for a moment, held by nobody who can be found',
+    withMountpoint(async ({ directory, image, mountpoint }) => {
+      // A umount(8) that finds the mount busy three times.
+      const tried = join(directory, 'tried');
+      for (const program of ['umount', 'fusermount3']) {
+        const real = (await runOk('sh', ['-c', `command -v ${program}`])).trim();
+        const busy = `echo >>'${tried}'; [ $(wc -l <'${tried}') -gt 3 ] || { echo target is busy >&2; exit 32; }`;
+        writeFileSync(join(directory, program), `#!/bin/sh\n${busy}\nexec ${real} "$@"\n`, { mode: 0o755 });
+      }
+      const tree = await startServer([image], mountpoint, { env: { PATH: `${directory}:${process.env.PATH}` } });
+      tree.signal('SIGTERM');
+      expect(await tree.ended).toEqual({ status: 0, signal: null });
+      expect(readFileSync(tried, 'utf8')).toBe('\n'.repeat(4));
+      expect(tree.log()).not.toContain('cannot unmount');
+    }),
+  );
+
+  it(
     'is forced by a second signal, and all that was written is kept',
     withImage(async ({ image, mountpoint }) => {
       const tree = await startServer([image], mountpoint, {});

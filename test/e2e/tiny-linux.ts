@@ -24,16 +24,21 @@ const INIT = `#!/bin/busybox sh
 /bin/busybox --install -s /bin
 mount -t devtmpfs dev /dev
 for module in ${MODULES.join(' ')}; do insmod /$module.ko; done
+# The port comes some time after its driver; opened before, it would become a plain file for good. It stays open, as with
+# the real agent: closing it would throw away what has just arrived.
 agent() {
-  while read -r request; do
-    case $request in
-      *guest-sync-delimited*) id=\${request##*:}; printf '\\377{"return": %s}\\n' \${id%%\\}*} ;;
-      *guest-fsfreeze-freeze*) touch /freeze; until [ -e /frozen ]; do usleep 1000; done; echo '{"return": 1}' ;;
-      *guest-fsfreeze-thaw*) rm -f /freeze; echo '{"return": 1}' ;;
-    esac
+  while :; do
+    while read -r request; do
+      case $request in
+        *guest-sync-delimited*) id=\${request##*:}; printf '\\377{"return": %s}\\n' \${id%%\\}*} ;;
+        *guest-fsfreeze-freeze*) touch /freeze; until [ -e /frozen ]; do usleep 1000; done; echo '{"return": 1}' ;;
+        *guest-fsfreeze-thaw*) rm -f /freeze; echo '{"return": 1}' ;;
+      esac
+    done
+    usleep 10000
   done
 }
-while :; do agent <>/dev/vport0p1 >&0; usleep 10000; done &
+{ until [ -c /dev/vport0p1 ]; do usleep 10000; done; agent <>/dev/vport0p1 >&0; } &
 
 memory=0
 while :; do
