@@ -1,5 +1,6 @@
 import { fileURLToPath } from 'node:url';
 import { defineConfig } from 'vitest/config';
+import { soakFactor } from './property-runs.ts';
 
 const mounted = (driver: string, order: number) => ({
   test: {
@@ -23,7 +24,9 @@ export default defineConfig({
           name: 'unit',
           include: ['test/**/*.test.ts'],
           exclude: ['test/e2e/**', 'test/bench/**'],
-          testTimeout: 30_000,
+          testTimeout: 30_000 * soakFactor,
+          // For those that name no number of runs.
+          setupFiles: soakFactor > 1 ? ['test/property-runs.ts'] : [],
           sequence: { groupOrder: 0 },
         },
       },

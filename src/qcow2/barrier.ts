@@ -11,11 +11,23 @@ export function attempt(image: Image, action: () => void): void {
   try {
     action();
   } catch (error) {
-    Atomics.compareExchange(image.words, word.FAILED, failure.NONE, failure.FLUSH);
-    throw new FsError('EIO', `${image.file.path}: the changes could not be made durable; it is not written any more`, {
-      cause: error,
-    });
+    throw failed(image, error);
   }
+}
+
+/** The same for what takes pauses. */
+export async function attemptLong(image: Image, action: () => Promise<void>): Promise<void> {
+  try {
+    await action();
+  } catch (error) {
+    throw failed(image, error);
+  }
+}
+
+function failed(image: Image, cause: unknown): FsError {
+  Atomics.compareExchange(image.words, word.FAILED, failure.NONE, failure.FLUSH);
+  const sentence = `${image.file.path}: the changes could not be made durable; it is not written any more`;
+  return new FsError('EIO', sentence, { cause });
 }
 
 /** Everything written to the image file before is durable when it returns. */

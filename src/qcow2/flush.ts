@@ -10,6 +10,7 @@
  * A crash between two arrows leaves clusters counted that nothing uses: leaks, no more; the dirty bit tells the next
  * opener to count anew.
  */
+import { setImmediate as giveWay } from 'node:timers/promises';
 import { attempt } from './barrier.ts';
 import { punchFreed, truncateTail } from './give-back.ts';
 import type { Image } from './image.ts';
@@ -213,5 +214,16 @@ export function freeClusters(image: Image, freed: readonly ClusterRange[]): void
     image.refcounts.writeDirty();
   } finally {
     image.unlock();
+  }
+}
+
+/** Runs of clusters freed between two pauses. */
+const RUNS_AT_ONCE = 32;
+
+/** The same a few runs at a time: who asks this thread for something meanwhile, as a write at a closed gate does, is answered. */
+export async function freeInPieces(image: Image, freed: readonly ClusterRange[]): Promise<void> {
+  for (let at = 0; at < freed.length; at += RUNS_AT_ONCE) {
+    if (at > 0) await giveWay();
+    freeClusters(image, freed.slice(at, at + RUNS_AT_ONCE));
   }
 }

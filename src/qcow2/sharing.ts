@@ -14,7 +14,7 @@
  */
 import { setImmediate as giveWay } from 'node:timers/promises';
 import { attempt } from './barrier.ts';
-import { type ClusterRange, freeClusters, lowerCounts, releaseClusters, relieve } from './flush.ts';
+import { type ClusterRange, freeInPieces, lowerCounts, releaseClusters, relieve } from './flush.ts';
 import type { Image } from './image.ts';
 import { number } from './image.ts';
 import { COPIED, compressedBytes, compressedOffset, isCompressed, isCopied } from './l2-entry.ts';
@@ -31,9 +31,6 @@ const TABLES_AT_ONCE = 16;
 
 /** Slices of a table changed between two looks at the cache: one of 64 KiB has no more. */
 const SLICES_AT_ONCE = 16;
-
-/** Runs of clusters freed between two pauses: the host punches a hole for each. */
-const RUNS_AT_ONCE = 32;
 
 /**
  * Whether the live mapping can be shared table by table. Version 2 has no dirty bit that others respect. Counts of 16
@@ -209,10 +206,7 @@ export async function dropTables(
     if (host === 0) continue;
     const clusters = clustersOf(image, readTable(image, host));
     const freed = lowerCounts(image, rangesOf([...clusters, host / image.geometry.clusterBytes]), single);
-    for (let at = 0; at < freed.length; at += RUNS_AT_ONCE) {
-      if (at > 0) await giveWay();
-      freeClusters(image, freed.slice(at, at + RUNS_AT_ONCE));
-    }
+    await freeInPieces(image, freed);
     progress(index / mapping.entries);
     await giveWay();
   }

@@ -4,6 +4,7 @@ import { type ByteSpan, copyToImage, copyToRaw, type Source } from '../../src/di
 import { compressorFor } from '../../src/qcow2/compressor.ts';
 import { ImageWriter } from '../../src/qcow2/image-writer.ts';
 import { readRange } from '../../src/qcow2/read.ts';
+import { propertyRuns } from '../property-runs.ts';
 import { openSession, patternBacking, qemuCheck } from '../qcow2/model.ts';
 import { MemoryStorage } from '../storage/memory-storage.ts';
 
@@ -48,7 +49,7 @@ describe('a copy', () => {
         expect(target.size()).toBe(bytes.length);
         expect(Buffer.compare(target.bytes(), bytes)).toBe(0);
       }),
-      { numRuns: 40 },
+      { numRuns: propertyRuns(40) },
     );
   });
 
@@ -93,7 +94,7 @@ describe('a copy', () => {
           expect(Buffer.compare(found, expected)).toBe(0);
         },
       ),
-      { numRuns: 40 },
+      { numRuns: propertyRuns(40) },
     );
   });
 

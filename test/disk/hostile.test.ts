@@ -12,6 +12,7 @@ import { openDisk } from '../../src/disk/open-disk.ts';
 import { FsError } from '../../src/errors.ts';
 import { createImage } from '../../src/qcow2/create.ts';
 import { headerAt } from '../../src/qcow2/header.ts';
+import { propertyRuns } from '../property-runs.ts';
 
 const MIB = 2 ** 20;
 const DISK_BYTES = 2 * MIB;
@@ -370,7 +371,7 @@ describe.each(bases)('an image that is damaged: $name', ({ name }) => {
         writeFileSync(path, bytes);
         await explore(path);
       }),
-      { numRuns: 100, endOnFailure: true },
+      { numRuns: propertyRuns(100), endOnFailure: true },
     );
   });
 });

@@ -2,6 +2,7 @@
 import fc from 'fast-check';
 import { describe, expect, it } from 'vitest';
 import { FsError } from '../../src/errors.ts';
+import { propertyRuns, soakFactor } from '../property-runs.ts';
 import { bytesOf, digest, OverlayDisk, qemuCheck, qemuDigest } from './overlay-disk.ts';
 
 const BYTES = 256 * 1024;
@@ -180,7 +181,7 @@ describe('overlays', () => {
         for (const one of steps) await run.step(one);
         await run.finish();
       }),
-      { numRuns: 12, endOnFailure: false, interruptAfterTimeLimit: 20_000 },
+      { numRuns: propertyRuns(12), endOnFailure: false, interruptAfterTimeLimit: 20_000 * soakFactor },
     );
   });
 });

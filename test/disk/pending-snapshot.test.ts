@@ -16,6 +16,7 @@ import { isMarked } from '../../src/qcow2/session-mark.ts';
 import { applicationData } from '../../src/qcow2/snapshot-table.ts';
 import { readSnapshotL1, vmStateOffset } from '../../src/qcow2/snapshots.ts';
 import { freezeSnapshot } from '../../src/qcow2/take-snapshot.ts';
+import { propertyRuns, soakFactor } from '../property-runs.ts';
 import {
   closeSession,
   formatted,
@@ -315,11 +316,11 @@ describe.each(Object.entries(variants))('on a disk with %s', (_name, variant) =>
         closeSession(again);
         expect(await checkImage(file.copy(), readHeader(file))).toMatchObject({ corruptions: 0, leaks: 0 });
       }),
-      { numRuns: 8, endOnFailure: true },
+      { numRuns: propertyRuns(8), endOnFailure: true },
     );
   });
 
-  it('is there as a whole or not at all after a crash', { timeout: 60_000 }, async () => {
+  it('is there as a whole or not at all after a crash', { timeout: 60_000 * soakFactor }, async () => {
     const prepared = await prepare(variant);
     await fc.assert(
       fc.asyncProperty(steps(10), fc.constantFrom('publish', 'publish', 'abandon'), async (script, ending) => {
@@ -342,7 +343,7 @@ describe.each(Object.entries(variants))('on a disk with %s', (_name, variant) =>
           }
         }
       }),
-      { numRuns: 1 },
+      { numRuns: propertyRuns(1) },
     );
   });
 });

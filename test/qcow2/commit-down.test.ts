@@ -10,6 +10,7 @@ import { commitCost } from '../../src/qcow2/move-cost.ts';
 import { imageLayer, joinZeros, ownExtents } from '../../src/qcow2/own-extents.ts';
 import { atOnce, inSteps } from '../../src/qcow2/steps.ts';
 import { trackWrites, writtenBytes } from '../../src/qcow2/written-map.ts';
+import { propertyRuns } from '../property-runs.ts';
 import { crashImages, Recorder } from '../storage/recorder.ts';
 import {
   buildChain,
@@ -76,7 +77,7 @@ describe('commit', () => {
           closeChain(opened);
           expectLower(files.slice(0, -1), committed(upper, lower));
         }),
-        { numRuns: 20 },
+        { numRuns: propertyRuns(20) },
       );
     },
   );
@@ -133,7 +134,7 @@ describe('commit', () => {
           expectLower(files.slice(0, -1), upper.content);
         },
       ),
-      { numRuns: 20 },
+      { numRuns: propertyRuns(20) },
     );
   });
 
@@ -185,7 +186,7 @@ describe('commit', () => {
           }
         }
       }),
-      { numRuns: 5, endOnFailure: true },
+      { numRuns: propertyRuns(5), endOnFailure: true },
     );
   });
 

@@ -6,6 +6,7 @@ import type { FormatOptions } from '../../src/qcow2/create.ts';
 import { readHeader } from '../../src/qcow2/header.ts';
 import type { Backing } from '../../src/qcow2/image.ts';
 import { isMarked } from '../../src/qcow2/session-mark.ts';
+import { propertyRuns, soakFactor } from '../property-runs.ts';
 import type { MemoryStorage } from '../storage/memory-storage.ts';
 import { type CrashImage, crashImages, Recorder } from '../storage/recorder.ts';
 import { closeSession, formatted, openSession, type Pattern, patternBacking, qemuCheck, recover } from './model.ts';
@@ -167,7 +168,7 @@ const variants: [string, FormatOptions, number][] = [
 ];
 
 describe('a crash loses nothing that was flushed, brings nothing old back, harms no snapshot', () => {
-  it.each(variants)('%s', { timeout: 120_000 }, async (_name, options, backingBytes) => {
+  it.each(variants)('%s', { timeout: 120_000 * soakFactor }, async (_name, options, backingBytes) => {
     const backing: Pattern = backingBytes > 0 ? patternBacking(backingBytes) : undefined;
     await fc.assert(
       fc.asyncProperty(steps(allKinds, { minLength: 4, maxLength: 14 }), async (script) => {
@@ -175,7 +176,7 @@ describe('a crash loses nothing that was flushed, brings nothing old back, harms
         await expectAllWhole(recording, backing);
       }),
       // Shrinking takes minutes; the seed in the message repeats the failure.
-      { numRuns: 8, endOnFailure: true },
+      { numRuns: propertyRuns(8), endOnFailure: true },
     );
   });
 

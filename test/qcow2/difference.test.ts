@@ -5,6 +5,7 @@ import { type Difference, differences, type Moment } from '../../src/qcow2/diffe
 import { imageLayer } from '../../src/qcow2/own-extents.ts';
 import { readSnapshotL1 } from '../../src/qcow2/snapshots.ts';
 import { atOnce } from '../../src/qcow2/steps.ts';
+import { propertyRuns } from '../property-runs.ts';
 import { buildChain, change, changes, type File, type LayerFormat, openChain, readAll } from './chains.ts';
 import { closeSession, openSession } from './model.ts';
 import { perform } from './script.ts';
@@ -80,7 +81,7 @@ describe('every byte that differs is in a difference', () => {
             }
         },
       ),
-      { numRuns: 15 },
+      { numRuns: propertyRuns(15) },
     );
   });
 });

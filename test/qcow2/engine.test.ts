@@ -8,6 +8,7 @@ import { growDisk, shrinkDisk } from '../../src/qcow2/resize.ts';
 import { applySnapshot, deleteSnapshot, readSnapshotL1, renameSnapshot } from '../../src/qcow2/snapshots.ts';
 import { takeSnapshot } from '../../src/qcow2/take-snapshot.ts';
 import { writeRange } from '../../src/qcow2/write.ts';
+import { propertyRuns } from '../property-runs.ts';
 import { MemoryStorage } from '../storage/memory-storage.ts';
 import { closeSession, formatted, openSession, patternBacking, qemuCheck, type Session } from './model.ts';
 
@@ -185,7 +186,7 @@ describe('the engine agrees with a plain array, and qemu-img check finds nothing
           throw error;
         }),
       ),
-      { numRuns: 25 },
+      { numRuns: propertyRuns(25) },
     );
   });
 
@@ -199,7 +200,7 @@ describe('the engine agrees with a plain array, and qemu-img check finds nothing
   ])('%s', async (_name, options) => {
     await fc.assert(
       fc.asyncProperty(steps, (script) => run(options, script, 0, true)),
-      { numRuns: 20 },
+      { numRuns: propertyRuns(20) },
     );
   });
 });

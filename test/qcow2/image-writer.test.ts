@@ -6,6 +6,7 @@ import { compressorFor } from '../../src/qcow2/compressor.ts';
 import { type CompressionType, readHeader } from '../../src/qcow2/header.ts';
 import { ImageWriter } from '../../src/qcow2/image-writer.ts';
 import { readRange } from '../../src/qcow2/read.ts';
+import { propertyRuns } from '../property-runs.ts';
 import { MemoryStorage } from '../storage/memory-storage.ts';
 import { openSession, patternBacking, qemuCheck } from './model.ts';
 
@@ -64,7 +65,7 @@ describe.each([512, 4096, 65536])('clusters of %i bytes', (clusterBytes) => {
       fc.asyncProperty(kinds, fc.boolean(), (list, backed) =>
         expectSame(clusterBytes, type, list.slice(0, few.maxLength), backed),
       ),
-      { numRuns: 8 },
+      { numRuns: propertyRuns(8) },
     );
   });
 });

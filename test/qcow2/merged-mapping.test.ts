@@ -9,6 +9,7 @@ import { readHeader } from '../../src/qcow2/header.ts';
 import { type Backing, frozenTables } from '../../src/qcow2/image.ts';
 import { createMapping, MergedLayers } from '../../src/qcow2/merged-mapping.ts';
 import { openImage } from '../../src/qcow2/open-image.ts';
+import { propertyRuns } from '../property-runs.ts';
 import { MemoryStorage } from '../storage/memory-storage.ts';
 import { buildChain, type Change, chainFormats, changes, type File, openChain } from './chains.ts';
 import { formatted } from './model.ts';
@@ -78,7 +79,7 @@ describe('a merged mapping', () => {
           expectExtents(merged, content);
         },
       ),
-      { numRuns: 15 },
+      { numRuns: propertyRuns(15) },
     );
   });
 

@@ -8,6 +8,7 @@ import { pullCost } from '../../src/qcow2/move-cost.ts';
 import { imageLayer, ownExtents } from '../../src/qcow2/own-extents.ts';
 import { preparePull, pullUp } from '../../src/qcow2/pull-up.ts';
 import { atOnce, inSteps, type Steps } from '../../src/qcow2/steps.ts';
+import { propertyRuns } from '../property-runs.ts';
 import { crashImages, Recorder } from '../storage/recorder.ts';
 import {
   buildChain,
@@ -82,7 +83,7 @@ describe('pull', () => {
             expectOverBase(pull, levels, upper.content);
           },
         ),
-        { numRuns: 20 },
+        { numRuns: propertyRuns(20) },
       );
     },
   );
@@ -101,7 +102,7 @@ describe('pull', () => {
         flush(image);
         expect(upper.storage.size() - before).toBeLessThanOrEqual(cost.allocated);
       }),
-      { numRuns: 20 },
+      { numRuns: propertyRuns(20) },
     );
   });
 
@@ -141,7 +142,7 @@ describe('pull', () => {
             expectContent(alone.at(-1)?.image as Image, upper.content, `${label}: over the base`);
           }
         }),
-        { numRuns: 5, endOnFailure: true },
+        { numRuns: propertyRuns(5), endOnFailure: true },
       );
     },
   );

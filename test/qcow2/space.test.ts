@@ -8,6 +8,7 @@ import { readSnapshotTable } from '../../src/qcow2/snapshot-table.ts';
 import { imageSpace } from '../../src/qcow2/space.ts';
 import { atOnce } from '../../src/qcow2/steps.ts';
 import type { Storage } from '../../src/storage/storage.ts';
+import { propertyRuns } from '../property-runs.ts';
 import type { MemoryStorage } from '../storage/memory-storage.ts';
 import { closeSession, formatted, openSession } from './model.ts';
 import { after, allKinds, perform, resolve, type State, steps } from './script.ts';
@@ -71,7 +72,7 @@ describe('own is what a delete frees', () => {
           });
         }
       }),
-      { numRuns: 25 },
+      { numRuns: propertyRuns(25) },
     );
   });
 });

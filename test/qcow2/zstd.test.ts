@@ -6,6 +6,7 @@ import fc from 'fast-check';
 import { afterAll, describe, expect, it } from 'vitest';
 import { CorruptImage } from '../../src/errors.ts';
 import { unzstd } from '../../src/qcow2/zstd.ts';
+import { propertyRuns } from '../property-runs.ts';
 import { MemoryStorage } from './memory-storage.ts';
 
 const folder = mkdtempSync(join(tmpdir(), 'vdskfs-zstd-'));
@@ -114,7 +115,7 @@ describe('clusters compressed by qemu-img', () => {
           expect(error).toBeInstanceOf(CorruptImage);
         }
       }),
-      { numRuns: 500 },
+      { numRuns: propertyRuns(500) },
     );
   });
 

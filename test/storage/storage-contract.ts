@@ -1,6 +1,7 @@
 import fc from 'fast-check';
 import { describe, expect, it } from 'vitest';
 import type { Storage } from '../../src/storage/storage.ts';
+import { propertyRuns } from '../property-runs.ts';
 
 /** Holes are looked for in units that every file system has. */
 const UNIT = 65_536;
@@ -150,7 +151,7 @@ export function storageContract(name: string, use: (action: (storage: Storage) =
             }
           }),
         ),
-        { numRuns: 60 },
+        { numRuns: propertyRuns(60) },
       ));
   });
 }

@@ -87,12 +87,12 @@ async function onePass(
   const references = await findSafely(image, list, Math.max(space.used, space.end - PASS_CLUSTERS));
   const pass: Pass = { ...rest, references, holes: new Holes(image, space.free, references.first) };
   await moveL2Tables(pass);
-  if (!pass.stop()) moveStructures(pass);
+  if (!pass.stop()) await moveStructures(pass);
   if (!pass.stop()) await moveCompressed(pass);
   if (!pass.stop()) await moveData(pass);
   flush(image);
   cutOff(image);
-  dropEmptyBlocks(image);
+  await dropEmptyBlocks(image);
 }
 
 /** Clusters that have to go down: as many as there are holes below where the file will end. */

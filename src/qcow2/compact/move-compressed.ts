@@ -41,7 +41,7 @@ export async function moveCompressed(pass: Pass): Promise<void> {
     bytes += blob.bytes;
     if (bytes < BATCH_BYTES && index < blobs.length - 1) continue;
     if (pass.stop()) return;
-    const room = moveBatch(pass, batch.toReversed());
+    const room = await moveBatch(pass, batch.toReversed());
     await giveWay();
     if (!room) return;
     batch = [];
@@ -50,7 +50,7 @@ export async function moveCompressed(pass: Pass): Promise<void> {
 }
 
 /** @returns false when there is no room left */
-function moveBatch(pass: Pass, blobs: readonly Blob[]): boolean {
+async function moveBatch(pass: Pass, blobs: readonly Blob[]): Promise<boolean> {
   const { image } = pass;
   const releases = new Releases();
   const packing = new Packing(image, pass.holes);
@@ -89,7 +89,7 @@ function moveBatch(pass: Pass, blobs: readonly Blob[]): boolean {
       }
       packing.finish();
     });
-    releases.commit(image);
+    await releases.commit(image);
   }
   return placed;
 }

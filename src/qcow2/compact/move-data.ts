@@ -61,7 +61,7 @@ async function moveBatch(pass: Pass, clusters: readonly number[]): Promise<boole
   try {
     await moveOwn(pass, ownMoves, releases);
   } finally {
-    releases.commit(image);
+    await releases.commit(image);
   }
   await giveWay();
   return sharedMoves.length === shared.length && ownMoves.length === own.length;

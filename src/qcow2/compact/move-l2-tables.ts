@@ -37,14 +37,14 @@ export async function moveL2Tables(pass: Pass): Promise<void> {
       if (references.roleOf(references.l2Cluster[next] as number) === role.L2_TABLE) batch.push(next);
       next--;
     }
-    const room = moveBatch(pass, batch);
+    const room = await moveBatch(pass, batch);
     await giveWay();
     if (!room) return;
   }
 }
 
 /** @returns false when there is no hole left */
-function moveBatch(pass: Pass, tables: readonly number[]): boolean {
+async function moveBatch(pass: Pass, tables: readonly number[]): Promise<boolean> {
   const { image } = pass;
   const releases = new Releases();
   const shared: TableMove[] = [];
@@ -56,7 +56,7 @@ function moveBatch(pass: Pass, tables: readonly number[]): boolean {
     }
     moveShared(pass, shared, releases);
   } finally {
-    releases.commit(image);
+    await releases.commit(image);
   }
   return room;
 }

@@ -17,7 +17,7 @@ import type { Pass } from './pass.ts';
 import { Releases } from './releases.ts';
 import { role } from './tail-references.ts';
 
-export function moveStructures(pass: Pass): void {
+export async function moveStructures(pass: Pass): Promise<void> {
   const releases = new Releases();
   try {
     moveSnapshotTables(pass, releases);
@@ -25,7 +25,7 @@ export function moveStructures(pass: Pass): void {
     moveRefcountTable(pass, releases);
     moveRefcountBlocks(pass, releases);
   } finally {
-    releases.commit(pass.image);
+    await releases.commit(pass.image);
   }
 }
 
@@ -225,7 +225,7 @@ function setBlock(image: Image, index: number, host: number): void {
 }
 
 /** Refcount blocks that count nothing any more: the file ends before what they count. */
-export function dropEmptyBlocks(image: Image): void {
+export async function dropEmptyBlocks(image: Image): Promise<void> {
   const { clusterBytes, refcountsPerBlock } = image.geometry;
   const releases = new Releases();
   for (let index = refcountTableEntries(image) - 1; index > 0; index--) {
@@ -240,7 +240,7 @@ export function dropEmptyBlocks(image: Image): void {
       releases.add(host / clusterBytes, 1);
     });
   }
-  releases.commit(image);
+  await releases.commit(image);
 }
 
 function countsNothing(image: Image, host: number): boolean {

@@ -1,6 +1,6 @@
 /** References that moved away from their clusters: they are given up when the new places are durable. */
-import { attempt } from '../barrier.ts';
-import { type ClusterRange, flush, releaseClusters, waitForEarlierReads } from '../flush.ts';
+import { attemptLong } from '../barrier.ts';
+import { type ClusterRange, flush, freeInPieces, lowerCounts, waitForEarlierReads } from '../flush.ts';
 import type { Image } from '../image.ts';
 import { word } from '../image.ts';
 
@@ -13,10 +13,10 @@ export class Releases {
 
   /**
    * Make the new mapping durable, wait for the reads that may have seen the old one, and lower the refcounts of what
-   * was left. Without the mutex.
+   * was left. Without the mutex; with pauses, in which this thread serves others.
    * @throws FsError EIO: the image is not written any more
    */
-  commit(image: Image): void {
+  async commit(image: Image): Promise<void> {
     if (this.#references.size === 0) return;
     flush(image);
     waitForEarlierReads(image, Atomics.add(image.words, word.EPOCH, 1));
@@ -27,6 +27,6 @@ export class Releases {
       else ranges.push({ first: cluster, count: 1, references });
     }
     this.#references.clear();
-    attempt(image, () => releaseClusters(image, ranges));
+    await attemptLong(image, async () => freeInPieces(image, lowerCounts(image, ranges)));
   }
 }

@@ -15,6 +15,7 @@ import { readRange } from '../../../src/qcow2/read.ts';
 import { changeRefcount } from '../../../src/qcow2/refcounts.ts';
 import type { SnapshotEntry } from '../../../src/qcow2/snapshot-table.ts';
 import { readSnapshotL1 } from '../../../src/qcow2/snapshots.ts';
+import { propertyRuns } from '../../property-runs.ts';
 import { MemoryStorage } from '../../storage/memory-storage.ts';
 import {
   closeSession,
@@ -101,7 +102,7 @@ describe('compacting', () => {
         fc.asyncProperty(steps(allKinds, { minLength: 4, maxLength: 25 }), (script) =>
           compacted(options, script, backing, punches),
         ),
-        { numRuns: 15 },
+        { numRuns: propertyRuns(15) },
       );
     },
   );
