@@ -26,6 +26,11 @@ export interface SaveTarget {
    * more; never rejects, and perhaps never resolves. For guests that do not say themselves when they have finished.
    */
   readonly closed: Promise<void>;
+  /**
+   * For a guest that can wait before it ends for a suspend: called when its files are complete. Resolves when the
+   * checkpoint is kept; rejects, with an FsError, where it could not be: the guest then runs on as if nothing had been.
+   */
+  keep(): Promise<void>;
   /** Gives up, with an FsError as its reason: the guest is let run again as far as that is possible. */
   readonly signal: AbortSignal;
 }

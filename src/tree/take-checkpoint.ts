@@ -137,31 +137,46 @@ async function takeWithMemory(machine: Machine, guest: Guest, request: TakeReque
   using _interrupt = suspend ? undefined : relay(request.signal, giveUp);
   const late = setTimeout(() => giveUp.abort(timedOut(machine, guest)), machine.timeoutMs);
   let saving: Promise<void> | undefined;
+  let kept: Promise<Checkpoint> | undefined;
+  let isKept = false;
   try {
     const identity = await orAbort(guest.identity(), giveUp.signal);
     const known = machine.disks.flatMap((one) => one.disk.checkpoints());
     expected = expectedStateBytes(known, identity.argv);
     for (const one of machine.disks) await orAbort(one.disk.prepareFreeze(), giveUp.signal);
+    const keep = async (): Promise<Checkpoint> => {
+      // Until all of it is there and nobody can change it any more.
+      await orAbort(within(folder.closed([MEMORY_FILE]), CLOSING_MS), giveUp.signal);
+      folder.seal();
+      guest.validate(folder.readable());
+      if (frozen === undefined) throw new FsError('EIO', `Guest ${guest.name} wrote no memory.`);
+      giveUp.signal.throwIfAborted();
+      // From here on it is not the guest's time that passes.
+      clearTimeout(late);
+      const pending = frozen;
+      frozen = undefined;
+      const details = (of: MountedDisk): CheckpointDetails => ({
+        consistency: of === disk ? 'memory' : 'crash',
+        guest: identity,
+      });
+      const checkpoint = await publishAll(pending, request, details);
+      isKept = true;
+      return checkpoint;
+    };
     saving = guest.save({
       directory: `${machine.mountpoint}/${disk.disk.name}/.incoming/${folder.name}`,
       name: MEMORY_FILE,
       suspend,
       closed: folder.closed(STATE_FILES),
+      keep: async () => {
+        kept ??= keep();
+        await kept;
+      },
       signal: giveUp.signal,
     });
-    // Until all of it is there and nobody can change it any more.
     await orAbort(saving, giveUp.signal);
-    await orAbort(within(folder.closed([MEMORY_FILE]), CLOSING_MS), giveUp.signal);
-    folder.seal();
-    guest.validate(folder.readable());
-    if (frozen === undefined) throw new FsError('EIO', `Guest ${guest.name} wrote no memory.`);
-    giveUp.signal.throwIfAborted();
-    const pending = frozen;
-    frozen = undefined;
-    return await publishAll(pending, request, (of) => ({
-      consistency: of === disk ? 'memory' : 'crash',
-      guest: identity,
-    }));
+    kept ??= keep();
+    return await kept;
   } catch (error) {
     folder.seal();
     await folder.quiet();
@@ -169,6 +184,7 @@ async function takeWithMemory(machine: Machine, guest: Guest, request: TakeReque
     // Only now the guest hears of what was not written, and runs on; whoever asked it to write sees to that.
     folder[Symbol.dispose]();
     await within(saving?.catch(() => {}) ?? Promise.resolve(), LET_GO_MS);
+    if (isKept) throw new FsError('EIO', `"${name}" is taken, but guest ${guest.name} did not end.`, { cause: error });
     // What the guest says of it may be no more than that a write failed.
     throw folder.failure ?? error;
   } finally {

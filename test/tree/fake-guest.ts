@@ -15,7 +15,7 @@ import { caller, directoryAt, O_RDWR, O_WRONLY, open } from './walk.ts';
 
 /** In the order in which bhyve takes them. */
 export const steps = ['asked', 'opened', 'paused', 'memory', 'devices', 'resumed', 'closed'] as const;
-export type Step = (typeof steps)[number];
+export type Step = (typeof steps)[number] | 'ended';
 
 export class FakeGuest implements Guest {
   readonly kind = 'bhyve';
@@ -30,6 +30,8 @@ export class FakeGuest implements Guest {
   readonly on = new Map<Step, (target: SaveTarget) => Promise<void> | void>();
   /** Answers of its agent; undefined without one. */
   agent: ('freeze' | 'thaw')[] | undefined;
+  /** It ends for a suspend only when its checkpoint is kept, as QEMU does. */
+  waits = false;
   invalid: FsError | undefined;
   disposed = 0;
   readonly log: string[] = [];
@@ -84,7 +86,19 @@ export class FakeGuest implements Guest {
       for (const file of files) await file.release();
     }
     await step('closed');
-    if (target.suspend) this.alive = false;
+    if (!target.suspend) return;
+    if (this.waits) await this.#keep(target);
+    await step('ended');
+    this.alive = false;
+  }
+
+  async #keep(target: SaveTarget): Promise<void> {
+    try {
+      await target.keep();
+    } catch (error) {
+      this.state = 'running';
+      throw error;
+    }
   }
 
   validate(files: readonly StateFile[]): void {

@@ -132,6 +132,44 @@ describe('a checkpoint of a running guest', () => {
     await expect(taken()).resolves.toEqual(['a']);
   });
 
+  describe('of a guest that waits before it ends', () => {
+    beforeEach(() => {
+      guest.waits = true;
+    });
+
+    it('is there when the guest ends', async () => {
+      guest.on.set('ended', async () => expect(await taken()).toEqual(['a']));
+      await run('suspend a');
+      expect(guest.log.at(-1)).toBe('ended');
+    });
+
+    it('lets the guest run on where it cannot be kept', async () => {
+      const [disk] = disks as [FakeDisk];
+      const freeze = disk.freeze.bind(disk);
+      disk.freeze = async (...args) => {
+        const pending = await freeze(...args);
+        const publish = async () => {
+          await pending.abandon();
+          throw new FsError('ENOSPC', 'the host disk is full');
+        };
+        return { ...pending, createState: (file) => pending.createState(file), publish };
+      };
+      expect(await errnoOf(run('suspend a'))).toBe('ENOSPC');
+      expect(guest).toMatchObject({ alive: true, state: 'running' });
+      expect(guest.log).not.toContain('ended');
+      await expectNoTrace();
+    });
+
+    it('stays when the guest does not end, and says so', async () => {
+      guest.on.set('ended', () => {
+        throw new FsError('ETIMEDOUT', 'QEMU did not end');
+      });
+      expect(await errnoOf(run('suspend a'))).toBe('EIO');
+      expect(await answer()).toBe('"a" is taken, but guest vm1 did not end.\n');
+      expect(await taken()).toEqual(['a']);
+    });
+  });
+
   it('lets no other change of its disks in between: the guest would stand still for it', async () => {
     disks[0]?.addForeign('old');
     const folder = await directoryAt(root, 'vm1/snapshots');

@@ -83,7 +83,7 @@ export class QemuGuest implements Guest {
     });
   }
 
-  async save({ directory, name, suspend, signal }: SaveTarget): Promise<void> {
+  async save({ directory, name, suspend, keep, signal }: SaveTarget): Promise<void> {
     const path = join(directory, name);
     await this.#monitor.use(async (qmp) => {
       await refuseIfMigrating(qmp);
@@ -96,12 +96,13 @@ export class QemuGuest implements Guest {
         if (suspend) {
           // Before the end: until then a failure costs nothing.
           if (running) await letStateRun(path);
-          return await end(qmp);
+          await keep();
         }
       } catch (error) {
         if (running) await this.#letRun(qmp);
         throw error;
       }
+      if (suspend) return await end(qmp);
       if (!running) return;
       await qmp.execute('cont');
       // The guest runs already: this is about the file alone.

@@ -47,6 +47,7 @@ async function scene(options: HostOptions, body: (scene: Scene) => Promise<void>
         directory,
         name: 'state',
         suspend: false,
+        keep: async () => {},
         // In a plain folder no one sees files being closed: the guest tells.
         closed: running.line('saved').then(
           () => {},

@@ -60,8 +60,13 @@ const stateOf = ({ folder }: FakeQemu) => readFileSync(join(folder, 'state'), 'l
 
 const guestOf = ({ path }: FakeQemu) => new QemuGuest({ socketPath: path });
 
-const save = (qemu: FakeQemu, { suspend = false, signal = new AbortController().signal } = {}) =>
-  guestOf(qemu).save({ directory: qemu.folder, name: 'state', suspend, closed: new Promise(() => {}), signal });
+const save = (
+  qemu: FakeQemu,
+  { suspend = false, keep = async () => {}, signal = new AbortController().signal } = {},
+) => {
+  const closed = new Promise<void>(() => {});
+  return guestOf(qemu).save({ directory: qemu.folder, name: 'state', suspend, closed, keep, signal });
+};
 
 const names = ({ commands }: FakeQemu) => commands.map(([name]) => name).filter((name) => !name.startsWith('query'));
 
@@ -105,10 +110,21 @@ describe('saving a QEMU guest', () => {
     expect(stateOf(qemu)).toContain('\0\0\0\x07paused\0');
   });
 
-  it('to suspend it QEMU ends instead', async () => {
+  it('to suspend it QEMU ends instead, when its state is kept', async () => {
     await using qemu = await machine();
-    await save(qemu, { suspend: true });
+    const before: string[][] = [];
+    await save(qemu, { suspend: true, keep: async () => void before.push(names(qemu).slice(-1)) });
+    expect(before).toEqual([RESTORING.slice(-1)]);
     expect(names(qemu).slice(-1)).toEqual(['quit']);
+  });
+
+  it('one whose state cannot be kept runs on instead of ending', async () => {
+    await using qemu = await machine();
+    const keep = async () => {
+      throw new FsError('ENOSPC', 'the host disk is full');
+    };
+    expect((await failureOf(save(qemu, { suspend: true, keep }))).errno).toBe('ENOSPC');
+    expect(names(qemu).slice(-1)).toEqual(['cont']);
   });
 
   it.each([
