@@ -15,6 +15,7 @@ import { attempt } from './barrier.ts';
 import { punchFreed, truncateTail } from './give-back.ts';
 import type { Image } from './image.ts';
 import { number, word } from './image.ts';
+import { writeL1Entries } from './l1-blocks.ts';
 import { lock, unlock } from './mutex.ts';
 import { changeRefcount, RefcountCursor } from './refcounts.ts';
 import type { ClusterSet } from './references.ts';
@@ -116,7 +117,7 @@ export function flushHeld(image: Image): void {
       image.unlock();
     }
     if (l1Staged.length > 0) {
-      file.write(l1Staged, 0, l1Staged.length, (image.numbers[number.L1_OFFSET] as number) + l1From * 8);
+      writeL1Entries(image, l1Staged, (image.numbers[number.L1_OFFSET] as number) + l1From * 8);
       file.flush();
     }
   });

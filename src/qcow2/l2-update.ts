@@ -2,6 +2,7 @@
 import { allocateTable, giveBackTable } from './allocator.ts';
 import type { Image } from './image.ts';
 import { number } from './image.ts';
+import { makeRoomForL1Entry } from './l1-blocks.ts';
 import { COPIED, isCopied } from './l2-entry.ts';
 import { l2TableAt } from './lookup.ts';
 import { shareTable } from './sharing.ts';
@@ -17,7 +18,8 @@ export function ensureOwnL2(image: Image, l1Index: number): void {
   const { clusterBytes } = image.geometry;
   const old = l2TableAt(image, undefined, l1Index);
   if (old !== 0 && isCopied(image.l1.getUint32(l1Index * 8))) return;
-  if (old !== 0) shareTable(image, l1Index);
+  if (old === 0) makeRoomForL1Entry(image, l1Index);
+  else shareTable(image, l1Index);
   const cluster = allocateTable(image, 1);
   const host = cluster * clusterBytes;
   const table = new Uint8Array(clusterBytes);

@@ -70,7 +70,7 @@ export async function deleteSnapshot(
   const snapshotL1 = readSnapshotL1(image, entry);
   await still(image, async () => {
     const next = list.entries.filter((other) => other !== entry);
-    const table = next.length === 0 ? undefined : writeTable(image, next);
+    const table = tableWithout(image, list, entry, next);
     settle(image);
     switchTable(image, list, next, table);
   });
@@ -79,6 +79,38 @@ export async function deleteSnapshot(
     await dropMapping(image, snapshotL1, l1, progress);
     flush(image);
   });
+}
+
+/**
+ * The newest one leaves the table by the count alone: needs no space, so that a full host has a way out.
+ * @returns undefined for an empty table
+ * @throws FsError ENOSPC
+ */
+function tableWithout(
+  image: Image,
+  list: SnapshotList,
+  entry: SnapshotEntry,
+  next: readonly SnapshotEntry[],
+): NewTable | undefined {
+  if (next.length === 0) return undefined;
+  const newest = list.entries.at(-1) as SnapshotEntry;
+  if (entry === newest) {
+    const { clusterBytes } = image.geometry;
+    const bytes = encodeSnapshotTable(next).length;
+    return { cluster: list.tableOffset / clusterBytes, clusters: Math.ceil(bytes / clusterBytes), bytes };
+  }
+  try {
+    return writeTable(image, next);
+  } catch (error) {
+    if (!(error instanceof FsError) || error.errno !== 'ENOSPC') throw error;
+    throw new FsError(
+      'ENOSPC',
+      `${error.message}; the newest checkpoint, "${newest.name}", can be deleted all the same`,
+      {
+        cause: error,
+      },
+    );
+  }
 }
 
 /** Rename: a new snapshot table, nothing else. */
@@ -338,7 +370,10 @@ export function writeTable(image: Image, entries: readonly SnapshotEntry[]): New
   return writeNewTable(image, bytes);
 }
 
-/** The commit point of every change of the list; everything that the new table needs is durable by then. */
+/**
+ * The commit point of every change of the list; everything that the new table needs is durable by then. It may be the
+ * start of the old one, with fewer entries.
+ */
 export function switchTable(
   image: Image,
   list: SnapshotList,
@@ -349,7 +384,9 @@ export function switchTable(
   const offset = table === undefined ? 0 : table.cluster * clusterBytes;
   switchHeader(image, () => writeSnapshotTablePosition(image.file, entries.length, offset));
   if (list.tableOffset !== 0) {
-    freeMetadata(image, list.tableOffset / clusterBytes, Math.ceil(list.tableBytes / clusterBytes));
+    const kept = table !== undefined && offset === list.tableOffset ? table.clusters : 0;
+    const clusters = Math.ceil(list.tableBytes / clusterBytes);
+    freeMetadata(image, list.tableOffset / clusterBytes + kept, clusters - kept);
   }
   list.entries = entries;
   list.tableOffset = offset;

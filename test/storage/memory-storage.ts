@@ -18,6 +18,8 @@ export class MemoryStorage implements Storage {
   readonly readOnly: boolean;
   readonly #punches: boolean;
   #size = 0;
+  /** Pages that the host has left: none is as a disk that is full, which takes writes only where the file has pages. */
+  freePages = Number.POSITIVE_INFINITY;
   readonly #pages = new Map<number, Uint8Array>();
   /** Pages that no copy shares: only these are written in place. */
   readonly #own = new Set<number>();
@@ -145,8 +147,8 @@ export class MemoryStorage implements Storage {
       const { index, within, count } = this.#piece(position + done, length - done);
       this.#writable(index).set(source.subarray(at + done, at + done + count), within);
       done += count;
+      this.#size = Math.max(this.#size, position + done);
     }
-    if (length > 0) this.#size = Math.max(this.#size, position + length);
   }
 
   #clear(from: number, to: number): void {
@@ -162,13 +164,17 @@ export class MemoryStorage implements Storage {
   }
 
   #drop(index: number): void {
-    this.#pages.delete(index);
+    if (this.#pages.delete(index)) this.freePages++;
     this.#own.delete(index);
   }
 
   #writable(index: number): Uint8Array {
     const found = this.#pages.get(index);
     if (found !== undefined && this.#own.has(index)) return found;
+    if (found === undefined) {
+      if (this.freePages <= 0) throw new FsError('ENOSPC', `'${this.path}': the host disk is full`);
+      this.freePages--;
+    }
     const page = found?.slice() ?? new Uint8Array(PAGE_BYTES);
     this.#pages.set(index, page);
     this.#own.add(index);
