@@ -1,7 +1,7 @@
 /** The views of a disk's bytes, over one thread's image object. */
 import { FsError } from '../errors.ts';
 import { zeroRange } from '../qcow2/discard.ts';
-import { flush, tidy } from '../qcow2/flush.ts';
+import { flushIfRoom, tidy } from '../qcow2/flush.ts';
 import type { Backing, Image } from '../qcow2/image.ts';
 import { extentAt } from '../qcow2/layer.ts';
 import type { L1Table } from '../qcow2/lookup.ts';
@@ -50,7 +50,7 @@ export class LiveContents implements Contents {
   }
 
   flush(): void {
-    if (this.#image.geometry.writable) flush(this.#image);
+    if (this.#image.geometry.writable) flushIfRoom(this.#image);
   }
 
   tidy(): void {

@@ -7,15 +7,28 @@ import { failure, word } from './image.ts';
  * Run what must not fail: when it does, nobody knows what the file holds, so that no write may follow.
  * @throws FsError EIO
  */
-export function attempt(image: Image, action: () => void): void {
+export function attempt<T>(image: Image, action: () => T): T {
   try {
-    action();
+    return action();
   } catch (error) {
     throw failed(image, error);
   }
 }
 
-/** The same for what takes pauses. */
+/**
+ * The same for writes after which nothing is lost where the host has no room for them: they can be done again.
+ * @throws FsError ENOSPC, EIO
+ */
+export function attemptIfRoom<T>(image: Image, action: () => T): T {
+  try {
+    return action();
+  } catch (error) {
+    if (error instanceof FsError && error.errno === 'ENOSPC') throw error;
+    throw failed(image, error);
+  }
+}
+
+/** As `attempt`, for what takes pauses. */
 export async function attemptLong(image: Image, action: () => Promise<void>): Promise<void> {
   try {
     await action();

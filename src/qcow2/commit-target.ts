@@ -2,7 +2,7 @@
 import { FsError } from '../errors.ts';
 import type { Storage } from '../storage/storage.ts';
 import { zeroRange } from './discard.ts';
-import { flush } from './flush.ts';
+import { flushIfRoom } from './flush.ts';
 import type { Image } from './image.ts';
 import { growDisk, shrinkDisk } from './resize.ts';
 import { writeRange } from './write.ts';
@@ -36,7 +36,7 @@ export function imageTarget(image: Image): CommitTarget {
     shrink: (bytes) => shrinkDisk(image, bytes),
     write: (source, at, length, offset) => mustBeOpen(writeRange(image, source, at, length, offset)),
     zero: (offset, length) => mustBeOpen(zeroRange(image, offset, length, 'free')),
-    flush: () => flush(image),
+    flush: () => flushIfRoom(image),
   };
 }
 

@@ -32,13 +32,13 @@ export function zeroRange(image: Image, guest: number, length: number, mode: Zer
   let position = guest;
   while (position < end) {
     const next = Math.min(end, stepEnd(image, position));
+    relieveFull(image);
     if (!beginWrite(image)) return false;
     try {
       zeroPieces(image, position, next, mode);
     } finally {
       endWrite(image, position, next);
     }
-    relieveFull(image);
     position = Math.max(next, skipUnmapped(image, next, end));
   }
   return true;

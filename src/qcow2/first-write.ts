@@ -1,5 +1,5 @@
 /** What the format asks of a writer before it changes anything (qcow2 specification, feature bits). */
-import { attempt, switchHeader } from './barrier.ts';
+import { attemptIfRoom, barrier, switchHeader } from './barrier.ts';
 import { autoclear, headerAt, readHeader } from './header.ts';
 import type { Image } from './image.ts';
 import { word } from './image.ts';
@@ -52,10 +52,12 @@ function writeAutoclear(image: Image, kept: bigint): void {
 /**
  * Before the first change of metadata, with the mutex held: the session is marked, durably, so that an opener after a
  * crash counts the refcounts anew.
+ * @throws FsError ENOSPC on a host that has no room even for that; nothing is changed then
  */
 export function beforeMetadata(image: Image): void {
   if (image.words[word.DIRTY] === 1) return;
-  attempt(image, () => mark(image.file));
+  attemptIfRoom(image, () => mark(image.file));
+  barrier(image);
   image.words[word.DIRTY] = 1;
 }
 

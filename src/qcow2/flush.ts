@@ -11,21 +11,34 @@
  * opener to count anew.
  */
 import { setImmediate as giveWay } from 'node:timers/promises';
-import { attempt } from './barrier.ts';
+import { attempt, attemptIfRoom, barrier, countsTooHigh, isFailed } from './barrier.ts';
 import { punchFreed, truncateTail } from './give-back.ts';
 import type { Image } from './image.ts';
-import { number, word } from './image.ts';
+import { number, UNLINKED_CAPACITY, word } from './image.ts';
 import { writeL1Entries } from './l1-blocks.ts';
 import { lock, unlock } from './mutex.ts';
 import { changeRefcount, RefcountCursor } from './refcounts.ts';
 import type { ClusterSet } from './references.ts';
-import { unlinkedIsFull, unlinkedIsLong } from './unlinked.ts';
+import { unlink, unlinkedIsFull, unlinkedIsLong } from './unlinked.ts';
 
 /**
  * Everything that was written before the call is durable when it returns. Several callers share one flush.
  * @throws FsError EIO; after a failed flush the image is not written any more
  */
 export function flush(image: Image): void {
+  flushShared(image, false);
+}
+
+/**
+ * The same where nothing has been changed yet that needs it: a host without room for what is to be overwritten (one that
+ * copies on write, as ZFS and btrfs do) ends nothing, all changes stay in memory for the next flush.
+ * @throws FsError ENOSPC; EIO as `flush`
+ */
+export function flushIfRoom(image: Image): void {
+  flushShared(image, true);
+}
+
+function flushShared(image: Image, keep: boolean): void {
   image.checkUsable();
   const { words } = image;
   image.lock();
@@ -39,7 +52,7 @@ export function flush(image: Image): void {
   lock(words, word.FLUSH_MUTEX);
   try {
     // Another thread's flush may have begun and ended while this one waited: it took these changes along.
-    if (Atomics.load(words, word.FLUSH_COUNT) - begun < 1) flushHeld(image);
+    if (Atomics.load(words, word.FLUSH_COUNT) - begun < 1) flushHeld(image, keep);
     else image.checkUsable();
   } finally {
     unlock(words, word.FLUSH_MUTEX);
@@ -48,7 +61,7 @@ export function flush(image: Image): void {
 
 /** Changed slices must not fill the cache, nor unlinked clusters their list. Outside of any operation. */
 export function relieve(image: Image): void {
-  if (image.l2.unevictable() > image.l2.slots / 4 || unlinkedIsLong(image)) flush(image);
+  if (image.l2.unevictable() > image.l2.slots / 4 || unlinkedIsLong(image)) flushIfRoom(image);
 }
 
 /**
@@ -56,7 +69,7 @@ export function relieve(image: Image): void {
  * host's disk needs for everything that was written. `tidy` comes before that.
  */
 export function relieveFull(image: Image): void {
-  if (image.l2.unevictable() > image.l2.slots / 2 || unlinkedIsFull(image)) flush(image);
+  if (image.l2.unevictable() > image.l2.slots / 2 || unlinkedIsFull(image)) flushIfRoom(image);
 }
 
 /** What nobody waits for: flush early, unless a flush is under way. */
@@ -82,50 +95,96 @@ function flushData(image: Image): void {
   });
 }
 
-/** The flush itself, with FLUSH_MUTEX held. */
-export function flushHeld(image: Image): void {
-  const { words, l2, file } = image;
-  const l2Offsets: number[] = [];
-  let l2Staged: Uint8Array = new Uint8Array(0);
-  let l1From = 0;
-  let l1Staged: Uint8Array = new Uint8Array(0);
-  let unlinkedRanges: { first: number; count: number }[] = [];
-  let epoch = 0;
+/** What a flush takes out of memory, and brings to the file. */
+interface Staged {
+  l2Offsets: number[];
+  l2: Uint8Array;
+  /** Index of the first entry in `l1`. */
+  readonly l1From: number;
+  readonly l1: Uint8Array;
+  readonly unlinked: readonly ClusterRange[];
+  readonly epoch: number;
+}
 
-  attempt(image, () => {
+/**
+ * The flush itself, with FLUSH_MUTEX held.
+ * @param keep without room on the host, put everything back and throw ENOSPC; else that is a failure as any other
+ */
+export function flushHeld(image: Image, keep = false): void {
+  const { words } = image;
+  const staged = put(image, keep, undefined, () => stage(image));
+  flushData(image);
+  if (staged.l2Offsets.length > 0) {
+    put(image, keep, staged, () => writeSlices(image, staged.l2Offsets, staged.l2));
+    barrier(image);
     image.lock();
-    try {
-      Atomics.add(words, word.FLUSH_COUNT, 1);
-      words[word.FLUSHING] = 1;
-      epoch = Atomics.add(words, word.EPOCH, 1);
-      if (image.geometry.writable) image.refcounts.writeDirty();
-      l2Staged = l2.stage(l2Offsets);
-      l1From = words[word.L1_DIRTY_FROM] as number;
-      const l1To = words[word.L1_DIRTY_TO] as number;
-      l1Staged = new Uint8Array(image.l1.buffer, image.l1.byteOffset + l1From * 8, (l1To - l1From) * 8).slice();
-      words[word.L1_DIRTY_FROM] = words[word.L1_DIRTY_TO] = 0;
-      unlinkedRanges = takeUnlinked(image);
-    } finally {
-      image.unlock();
-    }
-    flushData(image);
-    if (l2Offsets.length > 0) {
-      writeSlices(image, l2Offsets, l2Staged);
-      file.flush();
-      image.lock();
-      l2.written(l2Offsets);
-      image.unlock();
-    }
-    if (l1Staged.length > 0) {
-      writeL1Entries(image, l1Staged, (image.numbers[number.L1_OFFSET] as number) + l1From * 8);
-      file.flush();
-    }
-  });
-  if (unlinkedRanges.length > 0) {
-    waitForEarlierReads(image, epoch);
-    attempt(image, () => releaseClusters(image, unlinkedRanges));
+    image.l2.written(staged.l2Offsets);
+    image.unlock();
+    staged.l2Offsets = [];
+  }
+  if (staged.l1.length > 0) {
+    const position = (image.numbers[number.L1_OFFSET] as number) + staged.l1From * 8;
+    put(image, keep, staged, () => writeL1Entries(image, staged.l1, position));
+    barrier(image);
+  }
+  if (staged.unlinked.length > 0) {
+    waitForEarlierReads(image, staged.epoch);
+    attempt(image, () => releaseClusters(image, staged.unlinked));
   }
   words[word.FLUSHING] = 0;
+}
+
+function stage(image: Image): Staged {
+  const { words, l2 } = image;
+  image.lock();
+  try {
+    // First: without room for these nothing has been taken out.
+    if (image.geometry.writable) image.refcounts.writeDirty();
+    Atomics.add(words, word.FLUSH_COUNT, 1);
+    words[word.FLUSHING] = 1;
+    const epoch = Atomics.add(words, word.EPOCH, 1);
+    const l2Offsets: number[] = [];
+    const slices = l2.stage(l2Offsets);
+    const l1From = words[word.L1_DIRTY_FROM] as number;
+    const l1Bytes = ((words[word.L1_DIRTY_TO] as number) - l1From) * 8;
+    const l1 = new Uint8Array(image.l1.buffer, image.l1.byteOffset + l1From * 8, l1Bytes).slice();
+    words[word.L1_DIRTY_FROM] = words[word.L1_DIRTY_TO] = 0;
+    return { l2Offsets, l2: slices, l1From, l1, unlinked: takeUnlinked(image), epoch };
+  } finally {
+    image.unlock();
+  }
+}
+
+/** Writes of a flush, which may all be done again. @param staged to be put back */
+function put<T>(image: Image, keep: boolean, staged: Staged | undefined, write: () => T): T {
+  if (!keep) return attempt(image, write);
+  try {
+    return attemptIfRoom(image, write);
+  } catch (error) {
+    if (staged !== undefined && !isFailed(image)) putBack(image, staged);
+    throw error;
+  }
+}
+
+/** As if the flush had not begun: who waited for it flushes, too. */
+function putBack(image: Image, { l2Offsets, l1From, l1, unlinked }: Staged): void {
+  const { words } = image;
+  image.lock();
+  try {
+    image.l2.unstage(l2Offsets);
+    if (l1.length > 0) {
+      image.markL1Dirty(l1From);
+      image.markL1Dirty(l1From + l1.length / 8 - 1);
+    }
+    for (const { first, count } of unlinked) {
+      if ((words[word.UNLINKED_COUNT] as number) < UNLINKED_CAPACITY) unlink(image, first, count);
+      else countsTooHigh(image);
+    }
+    Atomics.sub(words, word.FLUSH_COUNT, 1);
+    words[word.FLUSHING] = 0;
+  } finally {
+    image.unlock();
+  }
 }
 
 /** In the order of the file. */

@@ -3,7 +3,7 @@ import { CorruptImage } from '../errors.ts';
 import type { Storage } from '../storage/storage.ts';
 import { barrier } from './barrier.ts';
 import { markClean } from './first-write.ts';
-import { flush } from './flush.ts';
+import { flushIfRoom } from './flush.ts';
 import { closeGate } from './gate.ts';
 import { geometryOf } from './geometry.ts';
 import { type Header, limits } from './header.ts';
@@ -159,12 +159,12 @@ export const snapshotList = (header: Header, table: SnapshotTable): SnapshotList
 
 /**
  * End of a session that wrote: everything in the file, the file a whole number of clusters, the dirty bit cleared.
- * @throws FsError EIO: the dirty bit stays, and the next opener counts the refcounts anew
+ * @throws FsError ENOSPC, EIO: the dirty bit stays, and the next opener counts the refcounts anew
  */
 export function closeImage(image: Image): void {
   if (!image.geometry.writable || Atomics.load(image.words, word.FAILED) !== failure.NONE) return;
   closeGate(image);
-  flush(image);
+  flushIfRoom(image);
   barrier(image);
   const { clusterBytes } = image.geometry;
   const size = image.file.size();

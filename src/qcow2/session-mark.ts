@@ -13,14 +13,13 @@ export const isMarked = (header: Header): boolean =>
     ? (header.incompatible & incompatible.DIRTY) !== 0n
     : header.extensions.some(({ type }) => type === extensionType.SESSION);
 
-/** Durable when it returns. */
+/** The caller makes it durable, also where the mark was there already. @throws FsError ENOSPC; it is not there then */
 export function mark(storage: Storage): void {
   const header = readHeader(storage);
   if (isMarked(header)) return;
   if (header.version >= 3) writeIncompatible(storage, header.incompatible | incompatible.DIRTY);
   else
     writeExtensions(storage, header, [...header.extensions, { type: extensionType.SESSION, data: new Uint8Array() }]);
-  storage.flush();
 }
 
 /** Durable when it returns. */

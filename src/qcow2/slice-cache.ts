@@ -149,15 +149,26 @@ export class SliceCache {
     }
   }
 
-  /** Write every changed slice to the file now. Only for content that may be written at any time. */
+  /** The staged slices have not all reached the file: they are changed ones as before. */
+  unstage(offsets: readonly number[]): void {
+    this.written(offsets);
+    for (const offset of offsets) {
+      const slot = this.#find(offset);
+      if (slot >= 0) this.markDirty(slot * this.sliceBytes);
+    }
+  }
+
+  /**
+   * Write every changed slice to the file now. Only for content that may be written at any time. What cannot be written
+   * stays changed.
+   */
   writeDirty(): void {
-    const count = this.dirtyCount();
-    for (let index = 0; index < count; index++) {
-      const slot = this.#dirty[index] as number;
+    for (let left = this.dirtyCount(); left > 0; left--) {
+      const slot = this.#dirty[left - 1] as number;
       this.#write(slot);
       this.#flags[slot] = (this.#flags[slot] as number) & ~flag.DIRTY;
+      this.#words[word.DIRTY_COUNT] = left - 1;
     }
-    this.#words[word.DIRTY_COUNT] = 0;
   }
 
   /** Forget the slices of [from, to): that space gets another use. Changes in them are lost on purpose. */

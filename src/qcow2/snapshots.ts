@@ -8,7 +8,7 @@ import { allocateTable, giveBackTable } from './allocator.ts';
 import { barrier, countsTooHigh, isFailed, switchHeader } from './barrier.ts';
 import { dataClusters } from './data-clusters.ts';
 import { beforeData, beforeMetadata } from './first-write.ts';
-import { flush, waitForEarlierReads } from './flush.ts';
+import { flush, flushIfRoom, waitForEarlierReads } from './flush.ts';
 import { closeGate, openGate } from './gate.ts';
 import { punch, truncateTail } from './give-back.ts';
 import { limits } from './header.ts';
@@ -241,7 +241,7 @@ function rest(image: Image): void {
   closeGate(image);
   try {
     beforeData(image);
-    flush(image);
+    flushIfRoom(image);
     image.lock();
     try {
       beforeMetadata(image);
@@ -266,7 +266,7 @@ function flushMost(image: Image): void {
   let before = Number.POSITIVE_INFINITY;
   for (let count = 0; count < MAX_FLUSHES; count++) {
     const began = performance.now();
-    flush(image);
+    flushIfRoom(image);
     const took = performance.now() - began;
     if (took < SHORT_FLUSH_MS || took > before) return;
     before = took;

@@ -6,7 +6,7 @@
  */
 import { FsError } from '../errors.ts';
 import { barrier, countsTooHigh, isFailed } from './barrier.ts';
-import { flush } from './flush.ts';
+import { flush, flushIfRoom } from './flush.ts';
 import { limits } from './header.ts';
 import type { Image } from './image.ts';
 import { number } from './image.ts';
@@ -113,7 +113,7 @@ export async function freezeSnapshot(
 /** Ahead of `freezeSnapshot`, while the guest still runs: looks at what need not be looked at then, and flushes. */
 export async function prepareSnapshot(image: Image): Promise<void> {
   await canShareLater(image, l2Tables(image.l1, diskEntries(image)));
-  flush(image);
+  flushIfRoom(image);
 }
 
 /** L1 entries of the live disk. An empty disk has none. */
@@ -156,7 +156,7 @@ export async function publishSnapshot(
     const next = [...list.entries, entry];
     const table = writeTable(image, next);
     tables.push(table);
-    flush(image);
+    flushIfRoom(image);
     switching = true;
     switchTable(image, list, next, table);
   } catch (error) {

@@ -43,13 +43,13 @@ export function writeRange(image: Image, source: Uint8Array, at: number, length:
   let from = guest;
   while (from < end) {
     const to = Math.min(end, stepEnd(image, from));
+    relieveFull(image);
     if (!beginWrite(image)) return false;
     try {
       writePieces(image, source, at + (from - guest), to - from, from);
     } finally {
       endWrite(image, from, to);
     }
-    relieveFull(image);
     from = to;
   }
   return true;

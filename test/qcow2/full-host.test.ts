@@ -6,8 +6,8 @@ import { checkImage } from '../../src/qcow2/check.ts';
 import type { FormatOptions } from '../../src/qcow2/create.ts';
 import { readHeader } from '../../src/qcow2/header.ts';
 import { propertyRuns } from '../property-runs.ts';
-import { PAGE_BYTES } from '../storage/memory-storage.ts';
-import { closeSession, formatted, openSession, qemuCheck, recover } from './model.ts';
+import { type MemoryStorage, PAGE_BYTES } from '../storage/memory-storage.ts';
+import { closeSession, formatted, openSession, qemuCheck, recover, type Session } from './model.ts';
 import {
   allKinds,
   contentsOf,
@@ -17,6 +17,7 @@ import {
   resolve,
   after as result,
   type State,
+  type Step,
   steps,
 } from './script.ts';
 
@@ -31,6 +32,54 @@ const variants: [string, FormatOptions][] = [
   ['subclusters', { size: 12 * PAGE_BYTES, clusterBytes: PAGE_BYTES, extendedL2: true }],
 ];
 
+/** An open disk, and what it must hold. */
+class Run {
+  readonly storage: MemoryStorage;
+  readonly session: Session;
+  state: State;
+
+  constructor(options: FormatOptions, freePages: number) {
+    this.storage = formatted(options);
+    this.storage.freePages = freePages;
+    this.session = openSession(this.storage);
+    this.state = { versions: [new Uint8Array(options.size)], snapshots: new Map() };
+  }
+
+  /** Nothing else may go wrong than that there is no room; EIO would be an image that is not written any more. */
+  async step(step: Step, index: number): Promise<void> {
+    const action = resolve(step, this.state, index);
+    if (action === undefined) return;
+    try {
+      await perform(this.session, action);
+      this.#expect(action.do, newest(result(this.state, action)));
+    } catch (error) {
+      if (!(error instanceof FsError) || error.errno !== 'ENOSPC') throw error;
+      this.#expect(`${action.do}, which failed`, this.state, ...during(this.state, action));
+    }
+  }
+
+  async delete(name: string): Promise<void> {
+    await perform(this.session, { do: 'delete', name });
+    this.#expect('delete', result(this.state, { do: 'delete', name }));
+  }
+
+  async end(withQemu: boolean): Promise<void> {
+    closeSession(this.session);
+    recover(this.storage);
+    const found = await checkImage(this.storage.copy(), readHeader(this.storage));
+    expect(found).toMatchObject({ corruptions: 0, leaks: 0 });
+    if (withQemu) qemuCheck(this.storage);
+    expect(difference(contentsOf(openSession(this.storage)), this.state)).toBe(undefined);
+  }
+
+  #expect(when: string, ...allowed: State[]): void {
+    const found = contentsOf(this.session);
+    const differences = allowed.map((one) => difference(found, one));
+    if (!differences.includes(undefined)) throw new Error(`${when}: ${differences.join('; or ')}`);
+    this.state = found;
+  }
+}
+
 describe('on a host that becomes full', () => {
   it.each(variants)(
     'all goes on where there is room, and the newest snapshot can always be deleted: %s',
@@ -40,40 +89,44 @@ describe('on a host that becomes full', () => {
           steps(allKinds, { minLength: 5, maxLength: 20 }),
           fc.integer({ min: 0, max: 40 }),
           async (script, freePages) => {
-            const storage = formatted(options);
-            storage.freePages = freePages;
-            const session = openSession(storage);
-            let state: State = { versions: [new Uint8Array(options.size)], snapshots: new Map() };
-            const expectState = (when: string, ...allowed: State[]): void => {
-              const found = contentsOf(session);
-              const differences = allowed.map((one) => difference(found, one));
-              if (!differences.includes(undefined)) throw new Error(`${when}: ${differences.join('; or ')}`);
-              state = found;
-            };
-            for (const [index, step] of script.entries()) {
-              const action = resolve(step, state, index);
-              if (action === undefined) continue;
-              try {
-                await perform(session, action);
-                expectState(action.do, newest(result(state, action)));
-              } catch (error) {
-                // Never EIO: that is an image that is not written any more.
-                if (!(error instanceof FsError) || error.errno !== 'ENOSPC') throw error;
-                expectState(`${action.do}, which failed`, state, ...during(state, action));
-              }
+            const run = new Run(options, freePages);
+            for (const [index, step] of script.entries()) await run.step(step, index);
+            const { entries } = run.session.list;
+            for (const { name } of entries.toReversed()) {
+              run.storage.freePages = 0;
+              await run.delete(name);
             }
-            storage.freePages = 0;
-            for (let last = session.list.entries.at(-1); last !== undefined; last = session.list.entries.at(-1)) {
-              await perform(session, { do: 'delete', name: last.name });
-              expectState('delete', result(state, { do: 'delete', name: last.name }));
-              storage.freePages = 0;
+            await run.end(script.length % 8 === 0);
+          },
+        ),
+        { numRuns: propertyRuns(30) },
+      );
+    },
+  );
+
+  const kinds = ['write', 'write', 'write', 'discard', 'zero', 'flush'] as const;
+
+  it.each(variants)(
+    'and that copies on write: reads and writes go on when it has room again, with all that was taken: %s',
+    async (_name, options) => {
+      await fc.assert(
+        fc.asyncProperty(
+          fc.array(fc.record({ script: steps(kinds, { minLength: 1, maxLength: 5 }), room: fc.boolean() }), {
+            minLength: 2,
+            maxLength: 6,
+          }),
+          steps(allKinds, { minLength: 0, maxLength: 4 }),
+          async (parts, before) => {
+            const run = new Run(options, Number.POSITIVE_INFINITY);
+            run.storage.copiesOnWrite = true;
+            for (const [index, step] of before.entries()) await run.step(step, index);
+            for (const { script, room } of parts) {
+              run.storage.freePages = room ? Number.POSITIVE_INFINITY : 0;
+              for (const [index, step] of script.entries()) await run.step(step, index);
             }
-            closeSession(session);
-            recover(storage);
-            expect(await checkImage(storage.copy(), readHeader(storage))).toMatchObject({ corruptions: 0, leaks: 0 });
-            if (script.length % 8 === 0) qemuCheck(storage);
-            const again = openSession(storage);
-            expect(difference(contentsOf(again), state)).toBe(undefined);
+            run.storage.freePages = Number.POSITIVE_INFINITY;
+            await run.step({ do: 'flush', at: 0, length: 0, seed: 1 }, 0);
+            await run.end(before.length === 0);
           },
         ),
         { numRuns: propertyRuns(30) },

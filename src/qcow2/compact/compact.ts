@@ -9,7 +9,7 @@
 import { setImmediate as giveWay } from 'node:timers/promises';
 import { CorruptImage } from '../../errors.ts';
 import { beforeMoving } from '../first-write.ts';
-import { flush } from '../flush.ts';
+import { flush, flushIfRoom } from '../flush.ts';
 import { punch, truncateTail } from '../give-back.ts';
 import type { Image } from '../image.ts';
 import { refcountOf } from '../refcounts.ts';
@@ -51,7 +51,7 @@ export async function compactImage(image: Image, list: SnapshotList, options: Co
   let toMove = 0;
   const stop = options.stop ?? ((): boolean => false);
   for (let passes = 0; passes < MAX_PASSES; passes++) {
-    flush(image);
+    flushIfRoom(image);
     cutOff(image);
     const space = await surveySpace(image, PASS_CLUSTERS);
     if (space.end <= space.used) break;

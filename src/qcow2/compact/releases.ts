@@ -1,6 +1,6 @@
 /** References that moved away from their clusters: they are given up when the new places are durable. */
-import { attemptLong } from '../barrier.ts';
-import { type ClusterRange, flush, freeInPieces, lowerCounts, waitForEarlierReads } from '../flush.ts';
+import { attemptLong, countsTooHigh } from '../barrier.ts';
+import { type ClusterRange, flushIfRoom, freeInPieces, lowerCounts, waitForEarlierReads } from '../flush.ts';
 import type { Image } from '../image.ts';
 import { word } from '../image.ts';
 
@@ -14,11 +14,17 @@ export class Releases {
   /**
    * Make the new mapping durable, wait for the reads that may have seen the old one, and lower the refcounts of what
    * was left. Without the mutex; with pauses, in which this thread serves others.
-   * @throws FsError EIO: the image is not written any more
+   * @throws FsError ENOSPC; EIO: the image is not written any more
    */
   async commit(image: Image): Promise<void> {
     if (this.#references.size === 0) return;
-    flush(image);
+    try {
+      flushIfRoom(image);
+    } catch (error) {
+      // They stay counted where they were.
+      countsTooHigh(image);
+      throw error;
+    }
     waitForEarlierReads(image, Atomics.add(image.words, word.EPOCH, 1));
     const ranges: (ClusterRange & { count: number; references: number })[] = [];
     for (const [cluster, references] of [...this.#references].sort(([a], [b]) => a - b)) {
