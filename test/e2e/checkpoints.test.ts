@@ -114,6 +114,51 @@ describe('a checkpoint', () => {
     });
   });
 
+  it('can be deleted on a host that is full: the newest always, the others then', async () => {
+    await withDirectory(async (directory) => {
+      const small = join(directory, 'small');
+      await mkdir(small);
+      await runOk('mount', ['-t', 'tmpfs', '-o', 'size=32m', 'tmpfs', small]);
+      try {
+        const image = join(small, 'vm1.qcow2');
+        await runOk('qemu-img', ['create', '-q', '-f', 'qcow2', image, '64M']);
+        await withMount(image, {}, async ({ path }) => {
+          const live = path('vm1', 'disk.raw');
+          const firstByteOf = async (file: string): Promise<number | undefined> => (await readFile(file))[0];
+          const write = async (byte: number): Promise<void> => {
+            await using disk = await open(live, 'r+');
+            await disk.write(Buffer.alloc(4 << 20, byte), 0, 4 << 20, 0);
+            await disk.sync();
+          };
+          for (const [index, name] of ['old', 'middle', 'new'].entries()) {
+            await write(index + 1);
+            await mkdir(path('vm1', 'snapshots', name));
+          }
+          await write(4);
+          await expect(writeFile(join(small, 'filler'), Buffer.alloc(32 << 20))).rejects.toEqual(errno('ENOSPC'));
+          await expect(runOk('dd', ['if=/dev/zero', `of=${join(small, 'rest')}`, 'bs=4k'])).rejects.toThrow(/No space/);
+
+          await expect(mkdir(path('vm1', 'snapshots', 'more'))).rejects.toEqual(errno('ENOSPC'));
+          await expect(rmdir(path('vm1', 'snapshots', 'old'))).rejects.toEqual(errno('ENOSPC'));
+          const sentence = await readFile(path('vm1', 'control'), 'utf8');
+          expect(sentence).toMatch(/full.*the newest checkpoint, "new", can be deleted all the same\n$/);
+          await checked(image);
+
+          await rmdir(path('vm1', 'snapshots', 'new'));
+          await checked(image);
+          await rmdir(path('vm1', 'snapshots', 'old'));
+          expect(await readdir(path('vm1', 'snapshots'))).toEqual(['middle']);
+          expect(await firstByteOf(path('vm1', 'snapshots', 'middle', 'disk.raw'))).toBe(2);
+          expect(await firstByteOf(live)).toBe(4);
+          await checked(image);
+        });
+        await runOk('qemu-img', ['check', image]);
+      } finally {
+        await runOk('umount', [small]);
+      }
+    });
+  });
+
   it('is refused under a name that is taken, and keeps while one of its files is open', async () => {
     await withDirectory(async (directory) => {
       const image = join(directory, 'vm1.qcow2');
