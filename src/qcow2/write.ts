@@ -76,6 +76,8 @@ export function stepEnd(image: Image, guest: number): number {
  * @returns false when the gate is closed
  */
 export function asWriter(image: Image, guest: number, end: number, action: () => void): boolean {
+  // On a full host the flush of the last one may have failed.
+  relieveFull(image);
   if (!beginWrite(image)) return false;
   try {
     action();

@@ -101,6 +101,23 @@ describe('changed slices of L2 tables', () => {
     expect(second).toEqual([SLICE]);
   });
 
+  it('that could not be written are changed ones again, with what was changed meanwhile', () => {
+    const cache = cacheOver(storageOf(40), false);
+    change(cache, 1, 101);
+    change(cache, 2, 102);
+    const first: number[] = [];
+    cache.stage(first);
+    change(cache, 2, 112);
+    cache.unstage(first);
+    expect([cache.dirtyCount(), cache.unevictable()]).toEqual([2, 2]);
+    const second: number[] = [];
+    const staged = cache.stage(second);
+    expect(second.map((offset, index) => [offset / SLICE, staged[index * SLICE]]).sort()).toEqual([
+      [1, 101],
+      [2, 112],
+    ]);
+  });
+
   it('that fill the cache leave no room: a bug, not the image', () => {
     const cache = cacheOver(storageOf(40), false);
     for (const slice of [1, 2, 3, 4]) change(cache, slice, 200);
@@ -148,6 +165,18 @@ describe('changed slices of refcount blocks', () => {
     expect(cache.dirtyCount()).toBe(4);
     for (const slice of [1, 2, 3, 4]) expect(look(cache, slice)).toBe(200 + slice);
     expect(look(cache, 5)).toBe(5);
+  });
+
+  it('are in the file after writeDirty as far as there is room, and go on changed where there is none', () => {
+    const storage = storageOf(40);
+    const cache = cacheOver(storage, true);
+    for (const slice of [1, 2, 3]) change(cache, slice, 100 + slice);
+    storage.fail({ at: 1, how: 'ENOSPC' });
+    expect(() => cache.writeDirty()).toThrow('ENOSPC');
+    expect(cache.dirtyCount()).toBe(2);
+    cache.drop(2 * SLICE, 3 * SLICE);
+    cache.writeDirty();
+    expect([1, 2, 3].map((slice) => inFile(storage, slice))).toEqual([101, 2, 103]);
   });
 
   it('are all in the file after writeDirty', () => {
