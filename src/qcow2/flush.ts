@@ -110,7 +110,7 @@ interface Staged {
  * The flush itself, with FLUSH_MUTEX held.
  * @param keep without room on the host, put everything back and throw ENOSPC; else that is a failure as any other
  */
-export function flushHeld(image: Image, keep = false): void {
+function flushHeld(image: Image, keep: boolean): void {
   const { words } = image;
   const staged = put(image, keep, undefined, () => stage(image));
   flushData(image);
@@ -129,7 +129,14 @@ export function flushHeld(image: Image, keep = false): void {
   }
   if (staged.unlinked.length > 0) {
     waitForEarlierReads(image, staged.epoch);
-    attempt(image, () => releaseClusters(image, staged.unlinked));
+    try {
+      put(image, keep, undefined, () => releaseClusters(image, staged.unlinked));
+    } catch (error) {
+      // At worst they stay counted. What has been lowered reaches the file with a later flush.
+      countsTooHigh(image);
+      words[word.FLUSHING] = 0;
+      throw error;
+    }
   }
   words[word.FLUSHING] = 0;
 }

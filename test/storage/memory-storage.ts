@@ -20,7 +20,7 @@ export class MemoryStorage implements Storage {
   #size = 0;
   /** Pages that the host has left: none is as a disk that is full, which takes writes only where the file has pages. */
   freePages = Number.POSITIVE_INFINITY;
-  /** A host that copies on write, as ZFS and btrfs do: a full one takes not even that. */
+  /** A host that copies on write, as ZFS and btrfs do: each write takes a page, and what it replaces stays taken. */
   copiesOnWrite = false;
   readonly #pages = new Map<number, Uint8Array>();
   /** Pages that no copy shares: only these are written in place. */
@@ -174,8 +174,8 @@ export class MemoryStorage implements Storage {
     const found = this.#pages.get(index);
     const mustHaveRoom = found === undefined || this.copiesOnWrite;
     if (mustHaveRoom && this.freePages <= 0) throw new FsError('ENOSPC', `'${this.path}': the host disk is full`);
+    if (mustHaveRoom) this.freePages--;
     if (found !== undefined && this.#own.has(index)) return found;
-    if (found === undefined) this.freePages--;
     const page = found?.slice() ?? new Uint8Array(PAGE_BYTES);
     this.#pages.set(index, page);
     this.#own.add(index);
